@@ -1,0 +1,378 @@
+//! One request in the engine: its tokens, how many of them have KV, and what it waits for.
+//!
+//! A sequence is *reading* while a drafter writes its answer, and *writing* once the base does. A
+//! drafter's own sequence is writing from the start. `computed` counts the tokens whose KV is in
+//! the pages. The result at position `j` is about token `j + 1`, so a reading sequence holds its
+//! last known token back until the next one, or the end of the draft, is known: this way no
+//! position is ever computed twice.
+
+use std::sync::Arc;
+
+use super::pages::PageTable;
+use super::sampling::Sampling;
+use super::switch::SwitchRule;
+use crate::executor::{Found, Probe, Row, Scored, TokenId};
+
+/// What is asked of the engine.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// At least one token.
+    pub prompt: Vec<TokenId>,
+    /// Tokens of the answer at most, drafted ones included; at least 1.
+    pub max_tokens: usize,
+    /// How the engine's own tokens are chosen.
+    pub sampling: Sampling,
+    /// Tokens that end the answer; they are not part of it.
+    pub stop_tokens: Arc<[TokenId]>,
+    /// So many most likely tokens are reported at each position of the answer.
+    pub top_logprobs: usize,
+    /// Set: somebody else begins the answer.
+    pub draft: Option<DraftPolicy>,
+}
+
+/// How a draft is read (design §1).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DraftPolicy {
+    /// Tokens in the window, at least 1.
+    pub window: usize,
+    /// γ in `(0, 1]`.
+    pub threshold: f64,
+    /// Go on after a draft that ended without a switch, or end the answer there.
+    pub continue_complete: bool,
+    /// Go on after an empty draft, or end the answer there.
+    pub continue_empty: bool,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// A stop token, or the end of a draft that is not continued.
+    Stop,
+    /// `max_tokens`.
+    Length,
+}
+
+/// The base's view of one position of the answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Judged {
+    /// The token there, with its log-probability.
+    pub token: Scored,
+    /// The most likely tokens there, most likely first.
+    pub top: Vec<Scored>,
+}
+
+/// What happens to a sequence. Positions are indices in the answer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// Draft tokens `first..first + scores.len()` were scored.
+    Scored {
+        /// The first one's index.
+        first: usize,
+        /// One for each.
+        scores: Vec<Judged>,
+    },
+    /// The draft is decided; what comes next is the engine's own.
+    Decided {
+        /// Whether a window reached the threshold.
+        switched: bool,
+        /// Draft tokens that belong to the answer.
+        kept: usize,
+        /// Draft tokens that were given.
+        drafted: usize,
+    },
+    /// The engine wrote a token.
+    Wrote {
+        /// Its index in the answer.
+        index: usize,
+        /// The token.
+        judged: Judged,
+    },
+    /// The answer is over; the last event.
+    Finished {
+        /// Why.
+        reason: Finish,
+        /// Tokens of the answer.
+        answer_tokens: usize,
+    },
+    /// The engine could not go on; the last event.
+    Failed {
+        /// Why.
+        message: String,
+    },
+}
+
+#[derive(Debug)]
+struct Reading {
+    policy: DraftPolicy,
+    rule: SwitchRule,
+    complete: bool,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Reading(Reading),
+    Writing,
+    Finished,
+}
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct Sequence {
+    tokens: Vec<TokenId>,
+    prompt_len: usize,
+    computed: usize,
+    max_tokens: usize,
+    sampling: Sampling,
+    stop_tokens: Arc<[TokenId]>,
+    top_logprobs: usize,
+    phase: Phase,
+    /// The sequence's KV pages.
+    pub pages: PageTable,
+}
+
+impl Sequence {
+    /// A sequence with nothing computed.
+    #[must_use]
+    pub fn new(request: Request) -> Self {
+        let phase = match request.draft {
+            Some(policy) => Phase::Reading(Reading {
+                policy,
+                rule: SwitchRule::new(policy.window, policy.threshold),
+                complete: false,
+            }),
+            None => Phase::Writing,
+        };
+        Self {
+            prompt_len: request.prompt.len(),
+            tokens: request.prompt,
+            computed: 0,
+            max_tokens: request.max_tokens,
+            sampling: request.sampling,
+            stop_tokens: request.stop_tokens,
+            top_logprobs: request.top_logprobs,
+            phase,
+            pages: PageTable::default(),
+        }
+    }
+
+    /// Tokens whose KV is in the pages.
+    #[must_use]
+    pub fn computed(&self) -> usize {
+        self.computed
+    }
+
+    /// Tokens of the answer so far, undecided draft tokens included.
+    #[must_use]
+    pub fn answer_len(&self) -> usize {
+        self.tokens.len() - self.prompt_len
+    }
+
+    /// Whether the last event was given.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        matches!(self.phase, Phase::Finished)
+    }
+
+    /// Tokens that can be extended now.
+    #[must_use]
+    pub fn work(&self) -> usize {
+        let ready = match &self.phase {
+            Phase::Finished => 0,
+            Phase::Writing => self.tokens.len(),
+            Phase::Reading(reading) if reading.complete && self.continues_after(reading) => {
+                self.tokens.len()
+            }
+            Phase::Reading(_) => self.tokens.len() - 1,
+        };
+        ready.saturating_sub(self.computed)
+    }
+
+    /// Whether nobody waits for the very next token: the prompt, or a recomputation, is under way.
+    #[must_use]
+    pub fn is_prefilling(&self) -> bool {
+        self.computed < self.first_probe()
+    }
+
+    /// Takes draft tokens. What exceeds `max_tokens`, or comes after a decision, is dropped.
+    pub fn push_draft(&mut self, draft: &[TokenId]) {
+        let room = self.max_tokens - self.answer_len().min(self.max_tokens);
+        if let Phase::Reading(reading) = &mut self.phase
+            && !reading.complete
+        {
+            self.tokens.extend_from_slice(&draft[..draft.len().min(room)]);
+            reading.complete = draft.len() >= room;
+        }
+    }
+
+    /// The draft is over. A decision that this makes possible is made.
+    pub fn end_draft(&mut self) -> Vec<Event> {
+        let mut events = Vec::new();
+        if let Phase::Reading(reading) = &mut self.phase {
+            reading.complete = true;
+            self.decide_complete(&mut events);
+        }
+        events
+    }
+
+    /// Forgets all KV, to be recomputed. No result that was given is given again.
+    pub fn preempt(&mut self) {
+        self.computed = 0;
+        self.pages.truncate(0);
+    }
+
+    /// The probes for the next `count` tokens.
+    #[must_use]
+    pub fn probes(&self, count: usize) -> Vec<Probe> {
+        let end = self.computed + count;
+        (self.first_probe().max(self.computed)..end)
+            .map(|position| {
+                let target = match self.phase {
+                    Phase::Reading(_) => self.tokens.get(position + 1).copied(),
+                    _ => None,
+                };
+                Probe { position, target, sample: true, top: self.top_logprobs }
+            })
+            .collect()
+    }
+
+    /// The executor's row for the next `count` tokens, with the probes of [`Self::probes`].
+    #[must_use]
+    pub fn row<'a>(&'a self, count: usize, probes: &'a [Probe]) -> Row<'a> {
+        Row {
+            context: &self.tokens[..self.computed + count],
+            start: self.computed,
+            pages: self.pages.ids(),
+            answer_start: self.prompt_len,
+            probes,
+            sampling: &self.sampling,
+        }
+    }
+
+    /// Takes the results of `count` extended tokens.
+    pub fn commit(&mut self, count: usize, probes: &[Probe], found: Vec<Found>) -> Vec<Event> {
+        self.computed += count;
+        let mut events = Vec::new();
+        let mut scores = Vec::new();
+        let first = self.first_probe() + 1 - self.prompt_len;
+        let mut answers = probes.iter().zip(found);
+        if let Phase::Reading(reading) = &mut self.phase {
+            for (probe, found) in answers.by_ref() {
+                let (Some(token), Some(logprob)) = (probe.target, found.target) else {
+                    // The draft's last token was extended: the base goes on from here.
+                    let events = &mut events;
+                    flush_scores(first, &mut scores, events);
+                    self.decide_complete(events);
+                    self.write(found, events);
+                    return std::mem::take(events);
+                };
+                let token = Scored { token, logprob };
+                scores.push(Judged { token, top: found.top });
+                if reading.rule.push(logprob) {
+                    break;
+                }
+            }
+            let switch = reading.rule.switch();
+            flush_scores(first, &mut scores, &mut events);
+            match switch {
+                Some(index) => {
+                    let ahead = self.take_over(index, &mut events);
+                    self.write_along(&ahead, answers.map(|(_, found)| found), &mut events);
+                }
+                None => self.decide_complete(&mut events),
+            }
+        } else if let Some((_, found)) = answers.next() {
+            self.write(found, &mut events);
+        }
+        events
+    }
+
+    /// The first position whose result is still wanted.
+    fn first_probe(&self) -> usize {
+        match &self.phase {
+            Phase::Reading(reading) => self.prompt_len - 1 + reading.rule.scored(),
+            _ => self.tokens.len() - 1,
+        }
+    }
+
+    fn continues_after(&self, reading: &Reading) -> bool {
+        match self.answer_len() {
+            0 => reading.policy.continue_empty,
+            len => len < self.max_tokens && reading.policy.continue_complete,
+        }
+    }
+
+    /// The base takes over after draft token `index`. Returns the draft tokens beyond it that were
+    /// extended with it.
+    fn take_over(&mut self, index: usize, events: &mut Vec<Event>) -> Vec<TokenId> {
+        let (kept, drafted) = (index + 1, self.answer_len());
+        let mut ahead = self.tokens.split_off(self.prompt_len + kept);
+        ahead.truncate(self.computed.saturating_sub(self.tokens.len()));
+        self.computed = self.computed.min(self.tokens.len());
+        self.phase = Phase::Writing;
+        events.push(Event::Decided { switched: true, kept, drafted });
+        if kept == self.max_tokens {
+            self.finish(Finish::Length, events);
+        }
+        ahead
+    }
+
+    /// Writes what was sampled while the draft was read beyond the switch: the token after the
+    /// switch, and, as long as the base says what the drafter said, the ones after it (speculative
+    /// decoding's rule: KV of an agreed token is already there).
+    fn write_along(
+        &mut self,
+        ahead: &[TokenId],
+        found: impl Iterator<Item = Found>,
+        events: &mut Vec<Event>,
+    ) {
+        for (index, found) in found.enumerate() {
+            let before = self.answer_len();
+            self.write(found, events);
+            let agreed = self.answer_len() > before && self.tokens.last() == ahead.get(index);
+            if self.is_finished() || !agreed {
+                break;
+            }
+            self.computed += 1;
+        }
+    }
+
+    /// Decides a complete draft in which no window reached the threshold, once all is scored.
+    fn decide_complete(&mut self, events: &mut Vec<Event>) {
+        let Phase::Reading(reading) = &self.phase else { return };
+        let drafted = self.answer_len();
+        if !reading.complete || reading.rule.scored() < drafted {
+            return;
+        }
+        let continues = self.continues_after(reading);
+        self.phase = Phase::Writing;
+        events.push(Event::Decided { switched: false, kept: drafted, drafted });
+        if !continues {
+            let cut = drafted == self.max_tokens;
+            self.finish(if cut { Finish::Length } else { Finish::Stop }, events);
+        }
+    }
+
+    fn write(&mut self, found: Found, events: &mut Vec<Event>) {
+        let Some(token) = found.sampled else { return };
+        if self.stop_tokens.contains(&token.token) {
+            return self.finish(Finish::Stop, events);
+        }
+        let index = self.answer_len();
+        self.tokens.push(token.token);
+        events.push(Event::Wrote { index, judged: Judged { token, top: found.top } });
+        if self.answer_len() == self.max_tokens {
+            self.finish(Finish::Length, events);
+        }
+    }
+
+    fn finish(&mut self, reason: Finish, events: &mut Vec<Event>) {
+        self.phase = Phase::Finished;
+        events.push(Event::Finished { reason, answer_tokens: self.answer_len() });
+    }
+}
+
+fn flush_scores(first: usize, scores: &mut Vec<Judged>, events: &mut Vec<Event>) {
+    if !scores.is_empty() {
+        events.push(Event::Scored { first, scores: std::mem::take(scores) });
+    }
+}

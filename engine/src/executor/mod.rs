@@ -1,0 +1,102 @@
+//! What runs a model: one narrow trait, with a real and a fake implementation beside it.
+
+pub mod cpu;
+pub mod fake;
+
+use crate::core::pages::PageId;
+use crate::core::sampling::Sampling;
+
+/// A token id in the model's vocabulary.
+pub type TokenId = u32;
+
+/// What the engine must know of a model before it plans anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens in the vocabulary; every id is below it.
+    pub vocab_size: usize,
+    /// Tokens a sequence can hold, prompt and answer together.
+    pub context_length: usize,
+    /// Tokens a KV page holds.
+    pub page_size: usize,
+    /// KV pages in the pool; ids are `0..pages`.
+    pub pages: usize,
+}
+
+/// A result wanted at one position of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// The absolute position whose distribution (over the *next* token) is looked at.
+    pub position: usize,
+    /// Report the log-probability of this token there.
+    pub target: Option<TokenId>,
+    /// Sample the next token there, with the row's [`Sampling`].
+    pub sample: bool,
+    /// Report so many most likely tokens there.
+    pub top: usize,
+}
+
+/// New tokens of one sequence: `context[start..]` are extended into its KV pages.
+#[derive(Clone, Copy, Debug)]
+pub struct Row<'a> {
+    /// Every token of the sequence, the new ones at the end.
+    pub context: &'a [TokenId],
+    /// The position of the first new token; KV for `0..start` is in the pages already.
+    pub start: usize,
+    /// The sequence's page table; it covers `context.len()` positions.
+    pub pages: &'a [PageId],
+    /// Where the answer begins in `context`: penalties count `context[answer_start..]`, and the
+    /// sampler's position is `position + 1 - answer_start`.
+    pub answer_start: usize,
+    /// Ascending positions in `start..context.len()`.
+    pub probes: &'a [Probe],
+    /// How tokens are sampled.
+    pub sampling: &'a Sampling,
+}
+
+/// A token with its natural-log probability under the model's raw distribution.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scored {
+    /// The token.
+    pub token: TokenId,
+    /// `ln P(token)`; `-inf` for a probability of zero, never NaN.
+    pub logprob: f32,
+}
+
+/// What one [`Probe`] found.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Found {
+    /// The log-probability of the probe's target.
+    pub target: Option<f32>,
+    /// The sampled token.
+    pub sampled: Option<Scored>,
+    /// The most likely tokens, most likely first (lowest id first on ties).
+    pub top: Vec<Scored>,
+}
+
+/// A model could not run a batch. The batch's sequences are lost, the executor may be used again
+/// only if `fatal` is false.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct ExecutorError {
+    /// What went wrong.
+    pub message: String,
+    /// The executor is of no further use (a lost device, a dead rank).
+    pub fatal: bool,
+}
+
+/// A model that extends sequences: prefill, scoring, decoding and verifying are all the same call.
+///
+/// The contract every implementation keeps: results of a row depend on nothing but the row's own
+/// tokens and sampling, bit for bit: not on the other rows of the batch, not on how its tokens were
+/// split into calls.
+pub trait Executor: Send {
+    /// The model's limits.
+    fn limits(&self) -> Limits;
+
+    /// Extends every row and answers its probes: one inner vector a row, one [`Found`] a probe, in
+    /// order. Rows are distinct sequences and no page is written by two of them.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] when the device fails.
+    fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError>;
+}

@@ -1,0 +1,363 @@
+//! A thread that owns the engine, and the handles that talk to it.
+//!
+//! The thread drains its inbox between steps and sleeps when there is nothing to do. Every queue is
+//! bounded: the inbox by its capacity, the requests by the slots, a request's events by how many it
+//! can ever cause. Dropping a [`Generation`] aborts it: its slot and pages are free at the next step
+//! boundary.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+use crate::core::scheduler::SequenceId;
+use crate::core::sequence::{Event, Request};
+use crate::executor::{Executor, Limits, TokenId};
+use crate::step::{Counters, Engine};
+
+/// How an engine runs.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineOptions {
+    /// Requests at once; one more is refused.
+    pub slots: usize,
+    /// Tokens a step extends at most: more is better for prefill, fewer for the latency of others.
+    pub step_tokens: usize,
+    /// Commands that wait for the next step boundary at most.
+    pub inbox: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { slots: 64, step_tokens: 512, inbox: 1024 }
+    }
+}
+
+/// Why a request was not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// All slots are in use, or the inbox is full.
+    #[error("all {slots} slots are in use")]
+    Full {
+        /// The engine's slots.
+        slots: usize,
+    },
+    /// The request can never run here.
+    #[error("{field}: {message}")]
+    Invalid {
+        /// The field of [`Request`] at fault.
+        field: &'static str,
+        /// What was expected.
+        message: String,
+    },
+    /// The engine's thread has ended.
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// What an engine is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EngineStats {
+    /// Requests it can run at once.
+    pub slots: usize,
+    /// Requests it is running.
+    pub slots_used: usize,
+    /// Tokens its KV pages hold.
+    pub kv_tokens: usize,
+    /// Tokens that the pages in use hold.
+    pub kv_tokens_used: usize,
+    /// What it did so far.
+    pub counters: Counters,
+}
+
+enum Command {
+    Submit(Box<Submission>),
+    Draft(u64, Vec<TokenId>),
+    EndDraft(u64),
+    /// Looks at the abort flags.
+    Wake,
+}
+
+struct Submission {
+    ticket: u64,
+    request: Request,
+    client: Client,
+}
+
+struct Client {
+    events: mpsc::Sender<Event>,
+    aborted: Arc<AtomicBool>,
+    _slot: OwnedSemaphorePermit,
+}
+
+struct Shared {
+    limits: Limits,
+    options: EngineOptions,
+    slots: Arc<Semaphore>,
+    tickets: AtomicU64,
+    stats: Mutex<EngineStats>,
+}
+
+/// A handle on a running engine. Clones share it; the thread ends when the last one is gone and the
+/// last request is over.
+#[derive(Clone)]
+pub struct EngineHandle {
+    inbox: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+}
+
+impl EngineHandle {
+    /// Starts an engine on a thread of its own.
+    ///
+    /// # Panics
+    /// If the system cannot start a thread.
+    #[must_use]
+    pub fn start(executor: Box<dyn Executor>, options: EngineOptions) -> Self {
+        let (inbox, commands) = mpsc::channel(options.inbox.max(1));
+        let limits = executor.limits();
+        let shared = Arc::new(Shared {
+            limits,
+            options,
+            slots: Arc::new(Semaphore::new(options.slots)),
+            tickets: AtomicU64::new(0),
+            stats: Mutex::new(EngineStats {
+                slots: options.slots,
+                kv_tokens: limits.pages * limits.page_size,
+                ..EngineStats::default()
+            }),
+        });
+        let runner = Runner {
+            engine: Engine::new(executor, options.step_tokens),
+            commands,
+            clients: HashMap::new(),
+            tickets: HashMap::new(),
+            shared: Arc::clone(&shared),
+        };
+        std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || runner.run())
+            .expect("the system can start a thread");
+        Self { inbox, shared }
+    }
+
+    /// The model's limits.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.shared.limits
+    }
+
+    /// What the engine is doing, as of the last step boundary.
+    #[must_use]
+    pub fn stats(&self) -> EngineStats {
+        let mut stats = *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        stats.slots_used = stats.slots - self.shared.slots.available_permits().min(stats.slots);
+        stats
+    }
+
+    /// Whether the engine's thread has ended.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.inbox.is_closed()
+    }
+
+    /// Submits a request; answers at once.
+    ///
+    /// # Errors
+    /// [`SubmitError`]: no slot, a request that can never run, or a stopped engine.
+    pub fn submit(&self, request: Request) -> Result<Generation, SubmitError> {
+        self.check(&request)?;
+        let full = || SubmitError::Full { slots: self.shared.options.slots };
+        let slot = Arc::clone(&self.shared.slots).try_acquire_owned().map_err(|_| full())?;
+        // Each token of the answer causes at most a score and a write; a few events frame them.
+        let (events, received) = mpsc::channel(2 * request.max_tokens + 8);
+        let ticket = self.shared.tickets.fetch_add(1, Ordering::Relaxed);
+        let aborted = Arc::new(AtomicBool::new(false));
+        let client = Client { events, aborted: Arc::clone(&aborted), _slot: slot };
+        let submission = Box::new(Submission { ticket, request, client });
+        self.inbox.try_send(Command::Submit(submission)).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => full(),
+            mpsc::error::TrySendError::Closed(_) => SubmitError::Stopped,
+        })?;
+        let control = DraftSender { ticket, inbox: self.inbox.clone() };
+        Ok(Generation { events: received, control, aborted })
+    }
+
+    fn check(&self, request: &Request) -> Result<(), SubmitError> {
+        let Limits { vocab_size, context_length, page_size, pages } = self.shared.limits;
+        let invalid = |field, message| Err(SubmitError::Invalid { field, message });
+        if request.prompt.is_empty() {
+            return invalid("prompt", "expected at least one token".into());
+        }
+        if let Some(id) = request.prompt.iter().find(|&&id| id as usize >= vocab_size) {
+            return invalid("prompt", format!("expected token ids below {vocab_size}, found {id}"));
+        }
+        if request.max_tokens == 0 {
+            return invalid("max_tokens", "expected at least 1".into());
+        }
+        let room = context_length.min(pages * page_size);
+        if request.prompt.len().saturating_add(request.max_tokens) > room {
+            let (prompt, max) = (request.prompt.len(), request.max_tokens);
+            let message = format!("expected at most {room} tokens, found {prompt} + {max}");
+            return invalid("max_tokens", message);
+        }
+        Ok(())
+    }
+}
+
+/// A request under way. Dropping it aborts the request.
+pub struct Generation {
+    events: mpsc::Receiver<Event>,
+    control: DraftSender,
+    aborted: Arc<AtomicBool>,
+}
+
+impl Generation {
+    /// The next event. `None` after the last one, or if the engine's thread died.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+
+    /// An event that is there already.
+    pub fn try_next(&mut self) -> Option<Event> {
+        self.events.try_recv().ok()
+    }
+
+    /// What gives this request its draft.
+    #[must_use]
+    pub fn draft(&self) -> DraftSender {
+        self.control.clone()
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        self.aborted.store(true, Ordering::Release);
+        // With a full inbox the thread is awake, and looks at the flag at its next step boundary.
+        let _ = self.control.inbox.try_send(Command::Wake);
+    }
+}
+
+/// Gives a reading request its draft. Tokens for a request that is over are dropped.
+#[derive(Clone)]
+pub struct DraftSender {
+    ticket: u64,
+    inbox: mpsc::Sender<Command>,
+}
+
+impl DraftSender {
+    /// Appends draft tokens, waiting for room in the inbox.
+    ///
+    /// # Errors
+    /// [`SubmitError::Stopped`]
+    pub async fn push(&self, tokens: Vec<TokenId>) -> Result<(), SubmitError> {
+        self.send(Command::Draft(self.ticket, tokens)).await
+    }
+
+    /// Ends the draft.
+    ///
+    /// # Errors
+    /// [`SubmitError::Stopped`]
+    pub async fn end(&self) -> Result<(), SubmitError> {
+        self.send(Command::EndDraft(self.ticket)).await
+    }
+
+    async fn send(&self, command: Command) -> Result<(), SubmitError> {
+        self.inbox.send(command).await.map_err(|_| SubmitError::Stopped)
+    }
+}
+
+struct Runner {
+    engine: Engine,
+    commands: mpsc::Receiver<Command>,
+    clients: HashMap<SequenceId, (u64, Client)>,
+    tickets: HashMap<u64, SequenceId>,
+    shared: Arc<Shared>,
+}
+
+impl Runner {
+    fn run(mut self) {
+        loop {
+            if !self.engine.has_work() {
+                let Some(command) = self.commands.blocking_recv() else { return };
+                self.apply(command);
+            }
+            while let Ok(command) = self.commands.try_recv() {
+                self.apply(command);
+            }
+            self.drop_aborted();
+            if self.engine.has_work() {
+                let (events, result) = self.engine.step();
+                self.deliver(events);
+                if let Err(error) = result {
+                    tracing::error!(fatal = error.fatal, "a step failed: {error}");
+                    if error.fatal {
+                        return;
+                    }
+                }
+            }
+            self.publish();
+        }
+    }
+
+    fn apply(&mut self, command: Command) {
+        match command {
+            Command::Submit(submission) => {
+                let Submission { ticket, request, client } = *submission;
+                let id = self.engine.add(request);
+                self.tickets.insert(ticket, id);
+                self.clients.insert(id, (ticket, client));
+            }
+            Command::Draft(ticket, tokens) => {
+                if let Some(&id) = self.tickets.get(&ticket) {
+                    self.engine.push_draft(id, &tokens);
+                }
+            }
+            Command::EndDraft(ticket) => {
+                if let Some(&id) = self.tickets.get(&ticket) {
+                    let events = self.engine.end_draft(id);
+                    self.deliver(events);
+                }
+            }
+            Command::Wake => {}
+        }
+    }
+
+    fn deliver(&mut self, events: Vec<(SequenceId, Event)>) {
+        for (id, event) in events {
+            let Some((_, client)) = self.clients.get(&id) else { continue };
+            let last = matches!(event, Event::Finished { .. } | Event::Failed { .. });
+            let gone = client.events.try_send(event).is_err();
+            if last || gone {
+                self.drop_client(id);
+            }
+        }
+    }
+
+    fn drop_aborted(&mut self) {
+        let aborted: Vec<SequenceId> = self
+            .clients
+            .iter()
+            .filter(|(_, (_, client))| client.aborted.load(Ordering::Acquire))
+            .map(|(&id, _)| id)
+            .collect();
+        for id in aborted {
+            self.drop_client(id);
+        }
+    }
+
+    /// Forgets a request: its pages are freed before its slot.
+    fn drop_client(&mut self, id: SequenceId) {
+        self.engine.remove(id);
+        self.publish();
+        if let Some((ticket, _client)) = self.clients.remove(&id) {
+            self.tickets.remove(&ticket);
+        }
+    }
+
+    fn publish(&self) {
+        let mut stats = self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        let pool = self.engine.pool();
+        stats.kv_tokens_used = (pool.total() - pool.free()) * self.shared.limits.page_size;
+        stats.counters = self.engine.counters();
+    }
+}
