@@ -77,16 +77,22 @@ struct Case {
     draft: Vec<TokenId>,
     given: usize,
     ended: bool,
+    scored: usize,
     answer: Answer,
 }
 
 impl Case {
     fn take(&mut self, event: Event) {
         match event {
-            Event::Scored { .. } => assert!(self.answer.decided.is_none()),
-            Event::Decided { switched, kept, .. } => {
-                self.answer.tokens.extend_from_slice(&self.draft[..kept]);
-                assert_eq!(self.answer.decided.replace((switched, kept)), None);
+            Event::Read { first, scores, decision } => {
+                assert!(self.answer.decided.is_none(), "nothing is read after the decision");
+                assert_eq!(first, self.scored, "each draft token is scored once");
+                self.scored += scores.len();
+                if let Some(decision) = decision {
+                    assert_eq!(decision.kept, self.scored, "what is kept was scored");
+                    self.answer.tokens.extend_from_slice(&self.draft[..decision.kept]);
+                    self.answer.decided = Some((decision.switched, decision.kept));
+                }
             }
             Event::Wrote { index, judged } => {
                 assert_eq!(index, self.answer.tokens.len(), "positions have no gap");
@@ -137,7 +143,7 @@ proptest! {
             let request = request(prompt, max_tokens, policy);
             expected.push(offline(&base, prompt, &draft, &request));
             let answer = Answer { tokens: Vec::new(), decided: None, finish: None };
-            cases.push(Case { id: engine.add(request), draft, given: 0, ended: false, answer });
+            cases.push(Case { id: engine.add(request), draft, given: 0, ended: false, scored: 0, answer });
         }
         // Gives draft pieces and steps in the order of `moves`, then whatever is left.
         let rest = (0..cases.len()).flat_map(|case| [(case, 100), (case, 100), (4, 0)]);
@@ -189,7 +195,7 @@ proptest! {
         let draft = generate(&drafter, &prompt, 24);
         let id = engine.add(request(&prompt, 60, policy));
         let answer = Answer { tokens: Vec::new(), decided: None, finish: None };
-        let mut case = Case { id, draft: draft.clone(), given: 0, ended: false, answer };
+        let mut case = Case { id, draft: draft.clone(), given: 0, ended: false, scored: 0, answer };
         for tokens in draft.chunks(piece) {
             engine.push_draft(id, tokens);
             for _ in 0..steps_between {

@@ -61,24 +61,29 @@ pub struct Judged {
     pub top: Vec<Scored>,
 }
 
+/// What became of a draft; what comes next is the engine's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// Whether a window reached the threshold.
+    pub switched: bool,
+    /// Draft tokens that belong to the answer.
+    pub kept: usize,
+    /// Draft tokens that were given.
+    pub drafted: usize,
+}
+
 /// What happens to a sequence. Positions are indices in the answer.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// Draft tokens `first..first + scores.len()` were scored.
-    Scored {
+    Read {
         /// The first one's index.
         first: usize,
-        /// One for each.
+        /// One for each; none if a draft was decided by its end alone.
         scores: Vec<Judged>,
-    },
-    /// The draft is decided; what comes next is the engine's own.
-    Decided {
-        /// Whether a window reached the threshold.
-        switched: bool,
-        /// Draft tokens that belong to the answer.
-        kept: usize,
-        /// Draft tokens that were given.
-        drafted: usize,
+        /// Set once, in the last event of its kind. It comes with the scores it rests on, so that
+        /// nobody takes the tokens behind a switch for certain.
+        decision: Option<Decision>,
     },
     /// The engine wrote a token.
     Wrote {
@@ -209,7 +214,7 @@ impl Sequence {
         let mut events = Vec::new();
         if let Phase::Reading(reading) = &mut self.phase {
             reading.complete = true;
-            self.decide_complete(&mut events);
+            self.read(Vec::new(), &mut events);
         }
         events
     }
@@ -252,37 +257,29 @@ impl Sequence {
     pub fn commit(&mut self, count: usize, probes: &[Probe], found: Vec<Found>) -> Vec<Event> {
         self.computed += count;
         let mut events = Vec::new();
-        let mut scores = Vec::new();
-        let first = self.first_probe() + 1 - self.prompt_len;
         let mut answers = probes.iter().zip(found);
-        if let Phase::Reading(reading) = &mut self.phase {
-            for (probe, found) in answers.by_ref() {
-                let (Some(token), Some(logprob)) = (probe.target, found.target) else {
-                    // The draft's last token was extended: the base goes on from here.
-                    let events = &mut events;
-                    flush_scores(first, &mut scores, events);
-                    self.decide_complete(events);
-                    self.write(found, events);
-                    return std::mem::take(events);
-                };
-                let token = Scored { token, logprob };
-                scores.push(Judged { token, top: found.top });
-                if reading.rule.push(logprob) {
-                    break;
-                }
+        let Phase::Reading(reading) = &mut self.phase else {
+            if let Some((_, found)) = answers.next() {
+                self.write(found, &mut events);
             }
-            let switch = reading.rule.switch();
-            flush_scores(first, &mut scores, &mut events);
-            match switch {
-                Some(index) => {
-                    let ahead = self.take_over(index, &mut events);
-                    self.write_along(&ahead, answers.map(|(_, found)| found), &mut events);
-                }
-                None => self.decide_complete(&mut events),
+            return events;
+        };
+        let mut scores = Vec::new();
+        let mut own = None;
+        for (probe, found) in answers.by_ref() {
+            let (Some(token), Some(logprob)) = (probe.target, found.target) else {
+                // The last token of a complete draft was extended: this is about the next one.
+                own = Some(found);
+                break;
+            };
+            scores.push(Judged { token: Scored { token, logprob }, top: found.top });
+            if reading.rule.push(logprob) {
+                break;
             }
-        } else if let Some((_, found)) = answers.next() {
-            self.write(found, &mut events);
         }
+        let ahead = self.read(scores, &mut events);
+        let written = own.into_iter().chain(answers.map(|(_, found)| found));
+        self.write_along(&ahead, written, &mut events);
         events
     }
 
@@ -301,23 +298,37 @@ impl Sequence {
         }
     }
 
-    /// The base takes over after draft token `index`. Returns the draft tokens beyond it that were
-    /// extended with it.
-    fn take_over(&mut self, index: usize, events: &mut Vec<Event>) -> Vec<TokenId> {
-        let (kept, drafted) = (index + 1, self.answer_len());
+    /// Tells of new scores, and decides the draft if it can be decided. Returns the draft tokens
+    /// behind a switch that were extended with it.
+    fn read(&mut self, scores: Vec<Judged>, events: &mut Vec<Event>) -> Vec<TokenId> {
+        let Phase::Reading(reading) = &self.phase else { return Vec::new() };
+        let (scored, drafted) = (reading.rule.scored(), self.answer_len());
+        let first = scored - scores.len();
+        let decision = match reading.rule.switch() {
+            Some(index) => Some(Decision { switched: true, kept: index + 1, drafted }),
+            None if reading.complete && scored == drafted => {
+                Some(Decision { switched: false, kept: drafted, drafted })
+            }
+            None => None,
+        };
+        let goes_on = decision.is_some_and(|d| d.switched) || self.continues_after(reading);
+        if decision.is_some() || !scores.is_empty() {
+            events.push(Event::Read { first, scores, decision });
+        }
+        let Some(Decision { kept, .. }) = decision else { return Vec::new() };
+        self.phase = Phase::Writing;
         let mut ahead = self.tokens.split_off(self.prompt_len + kept);
         ahead.truncate(self.computed.saturating_sub(self.tokens.len()));
         self.computed = self.computed.min(self.tokens.len());
-        self.phase = Phase::Writing;
-        events.push(Event::Decided { switched: true, kept, drafted });
         if kept == self.max_tokens {
             self.finish(Finish::Length, events);
+        } else if !goes_on {
+            self.finish(Finish::Stop, events);
         }
         ahead
     }
 
-    /// Writes what was sampled while the draft was read beyond the switch: the token after the
-    /// switch, and, as long as the base says what the drafter said, the ones after it (speculative
+    /// Writes what was sampled while the draft was read to its end: the token after the switch, and, as long as the base says what the drafter said, the ones after it (speculative
     /// decoding's rule: KV of an agreed token is already there).
     fn write_along(
         &mut self,
@@ -326,29 +337,16 @@ impl Sequence {
         events: &mut Vec<Event>,
     ) {
         for (index, found) in found.enumerate() {
+            if !matches!(self.phase, Phase::Writing) {
+                return;
+            }
             let before = self.answer_len();
             self.write(found, events);
             let agreed = self.answer_len() > before && self.tokens.last() == ahead.get(index);
             if self.is_finished() || !agreed {
-                break;
+                return;
             }
             self.computed += 1;
-        }
-    }
-
-    /// Decides a complete draft in which no window reached the threshold, once all is scored.
-    fn decide_complete(&mut self, events: &mut Vec<Event>) {
-        let Phase::Reading(reading) = &self.phase else { return };
-        let drafted = self.answer_len();
-        if !reading.complete || reading.rule.scored() < drafted {
-            return;
-        }
-        let continues = self.continues_after(reading);
-        self.phase = Phase::Writing;
-        events.push(Event::Decided { switched: false, kept: drafted, drafted });
-        if !continues {
-            let cut = drafted == self.max_tokens;
-            self.finish(if cut { Finish::Length } else { Finish::Stop }, events);
         }
     }
 
@@ -368,11 +366,5 @@ impl Sequence {
     fn finish(&mut self, reason: Finish, events: &mut Vec<Event>) {
         self.phase = Phase::Finished;
         events.push(Event::Finished { reason, answer_tokens: self.answer_len() });
-    }
-}
-
-fn flush_scores(first: usize, scores: &mut Vec<Judged>, events: &mut Vec<Event>) {
-    if !scores.is_empty() {
-        events.push(Event::Scored { first, scores: std::mem::take(scores) });
     }
 }
