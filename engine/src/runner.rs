@@ -278,7 +278,9 @@ impl Runner {
     fn run(mut self) {
         loop {
             if !self.engine.has_work() {
-                let Some(command) = self.commands.blocking_recv() else { return };
+                let Some(command) = self.commands.blocking_recv() else {
+                    return;
+                };
                 self.apply(command);
             }
             while let Ok(command) = self.commands.try_recv() {
@@ -324,7 +326,9 @@ impl Runner {
 
     fn deliver(&mut self, events: Vec<(SequenceId, Event)>) {
         for (id, event) in events {
-            let Some((_, client)) = self.clients.get(&id) else { continue };
+            let Some((_, client)) = self.clients.get(&id) else {
+                continue;
+            };
             let last = matches!(event, Event::Finished { .. } | Event::Failed { .. });
             let gone = client.events.try_send(event).is_err();
             if last || gone {
@@ -357,7 +361,8 @@ impl Runner {
     fn publish(&self) {
         let mut stats = self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
         let pool = self.engine.pool();
-        stats.kv_tokens_used = (pool.total() - pool.free()) * self.shared.limits.page_size;
+        stats.kv_tokens_used =
+            (pool.total() - pool.free() - pool.idle()) * self.shared.limits.page_size;
         stats.counters = self.engine.counters();
     }
 }

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::core::pages::PagePool;
+use crate::core::pages::{Page, PagePool};
+use crate::core::prefix::PrefixCache;
 use crate::core::scheduler::{self, Budget, Demand, Plan, SequenceId};
 use crate::core::sequence::{Event, Request, Sequence};
 use crate::executor::{Executor, ExecutorError, Found, Limits, Probe, TokenId};
@@ -14,6 +15,8 @@ pub struct Counters {
     pub steps: u64,
     /// Tokens extended: prompt, draft and written ones.
     pub tokens_extended: u64,
+    /// Tokens whose KV was found in the prefix cache.
+    pub tokens_reused: u64,
     /// Tokens whose KV was given up to make room.
     pub tokens_preempted: u64,
 }
@@ -24,6 +27,7 @@ pub struct Engine {
     limits: Limits,
     step_tokens: usize,
     pool: PagePool,
+    prefixes: PrefixCache,
     sequences: BTreeMap<SequenceId, Sequence>,
     next_id: u64,
     counters: Counters,
@@ -39,6 +43,7 @@ impl Engine {
             limits,
             step_tokens: step_tokens.max(1),
             pool: PagePool::new(limits.pages),
+            prefixes: PrefixCache::new(limits.page_size),
             sequences: BTreeMap::new(),
             next_id: 0,
             counters: Counters::default(),
@@ -74,7 +79,9 @@ impl Engine {
 
     /// Ends a sequence's draft.
     pub fn end_draft(&mut self, id: SequenceId) -> Vec<(SequenceId, Event)> {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return Vec::new() };
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return Vec::new();
+        };
         let events = sequence.end_draft();
         self.retire(id);
         events.into_iter().map(|event| (id, event)).collect()
@@ -96,11 +103,28 @@ impl Engine {
     /// # Errors
     /// [`ExecutorError`]: the step's sequences got [`Event::Failed`]; on a fatal one all did.
     pub fn step(&mut self) -> (Vec<(SequenceId, Event)>, Result<(), ExecutorError>) {
+        self.reuse_prefixes();
         let plan = self.plan();
         let probes = self.prepare(&plan);
         match self.execute(&plan, &probes) {
             Ok(found) => (self.commit(&plan, &probes, found), Ok(())),
             Err(error) => (self.fail(&plan, &error), Err(error)),
+        }
+    }
+
+    /// Gives the sequences that this step may begin what the prefix cache has for them.
+    fn reuse_prefixes(&mut self) {
+        let mut budget = self.step_tokens;
+        for sequence in self.sequences.values_mut() {
+            if budget == 0 {
+                return;
+            }
+            let pages = self.prefixes.lookup(sequence.reusable());
+            if !pages.is_empty() {
+                sequence.reuse(pages, self.limits.page_size);
+                self.counters.tokens_reused += sequence.computed() as u64;
+            }
+            budget = budget.saturating_sub(sequence.work());
         }
     }
 
@@ -114,12 +138,13 @@ impl Engine {
                 prefilling: sequence.is_prefilling(),
                 computed: sequence.computed(),
                 pages: sequence.pages.len(),
+                exclusive: sequence.pages.exclusive(),
             })
             .collect();
         let budget = Budget {
             step_tokens: self.step_tokens,
             page_size: self.limits.page_size,
-            free_pages: self.pool.free(),
+            free_pages: self.pool.free() + self.pool.idle(),
         };
         scheduler::plan(&demands, budget)
     }
@@ -135,8 +160,10 @@ impl Engine {
         let mut probes = Vec::with_capacity(plan.extend.len());
         for extend in &plan.extend {
             let sequence = self.sequences.get_mut(&extend.id).expect("planned from this map");
-            let grown = sequence.pages.grow(extend.pages, &self.pool);
-            debug_assert!(grown, "the plan counted the free pages");
+            while sequence.pages.len() < extend.pages {
+                let page = take_page(&self.pool, &mut self.prefixes);
+                sequence.pages.push(page.expect("the plan counted the free pages"));
+            }
             probes.push(sequence.probes(extend.tokens));
         }
         probes
@@ -173,6 +200,7 @@ impl Engine {
             let happened = sequence.commit(extend.tokens, probes, found);
             // A draft that was cut leaves pages that hold nothing.
             sequence.pages.truncate(sequence.computed().div_ceil(self.limits.page_size));
+            self.prefixes.insert(sequence.settled(), &sequence.pages);
             events.extend(happened.into_iter().map(|event| (extend.id, event)));
             self.retire(extend.id);
         }
@@ -198,4 +226,9 @@ impl Engine {
             self.sequences.remove(&id);
         }
     }
+}
+
+/// A free page, or one that only the prefix cache holds.
+fn take_page(pool: &PagePool, prefixes: &mut PrefixCache) -> Option<Page> {
+    pool.take().or_else(|| if prefixes.evict_one() { pool.take() } else { None })
 }

@@ -43,7 +43,12 @@ struct Answer {
 }
 
 /// Draft everything, check everything, continue everything (the paper's own three passes).
-fn offline(base: &FakeExecutor, prompt: &[TokenId], draft: &[TokenId], request: &Request) -> Answer {
+fn offline(
+    base: &FakeExecutor,
+    prompt: &[TokenId],
+    draft: &[TokenId],
+    request: &Request,
+) -> Answer {
     let policy = request.draft.expect("a reading request");
     let max = request.max_tokens;
     let draft = &draft[..draft.len().min(max)];
@@ -51,9 +56,8 @@ fn offline(base: &FakeExecutor, prompt: &[TokenId], draft: &[TokenId], request: 
         .map(|i| f64::from(base.logprob(&[prompt, &draft[..i]].concat(), draft[i])))
         .collect();
     let w = policy.window;
-    let switch = (w.max(1) - 1..draft.len()).find(|&i| {
-        logprobs[i + 1 - w..=i].iter().sum::<f64>() / w as f64 >= policy.threshold.ln()
-    });
+    let switch = (w.max(1) - 1..draft.len())
+        .find(|&i| logprobs[i + 1 - w..=i].iter().sum::<f64>() / w as f64 >= policy.threshold.ln());
     let kept = switch.map_or(draft.len(), |k| k + 1);
     let mut tokens = draft[..kept].to_vec();
     let goes_on = match switch {
@@ -122,7 +126,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
     #[test]
     fn any_timing_gives_the_offline_answer(
-        prompts in prop::collection::vec(prop::collection::vec(3u32..64, 1..30), 1..5),
+        shared in prop::collection::vec(3u32..64, 0..24),
+        own in prop::collection::vec(prop::collection::vec(3u32..64, 1..12), 1..5),
         window in 1usize..7,
         threshold in prop_oneof![0.3f64..0.95, Just(1.0)],
         (continue_complete, continue_empty) in any::<(bool, bool)>(),
@@ -132,6 +137,7 @@ proptest! {
         scarce: bool,
         moves in prop::collection::vec((0usize..5, 0usize..6), 0..80),
     ) {
+        let prompts: Vec<Vec<TokenId>> = own.iter().map(|own| [&shared[..], own].concat()).collect();
         let pages = if scarce { 20 } else { 400 };
         let (drafter, base) = (fake(1, pages), fake(2, pages));
         let policy = DraftPolicy { window, threshold, continue_complete, continue_empty };
@@ -178,7 +184,7 @@ proptest! {
         for (case, expected) in cases.iter().zip(&expected) {
             prop_assert_eq!(&case.answer, expected);
         }
-        prop_assert_eq!(engine.pool().free(), pages, "every page is free again");
+        prop_assert_eq!(engine.pool().free() + engine.pool().idle(), pages, "every page is free again");
     }
 
     /// Each prefix is extended at most once, and nothing but prompt, draft and answer ever is.

@@ -39,8 +39,7 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
 #[tokio::test]
 async fn a_full_engine_refuses_at_once_and_a_drop_makes_room() {
     let gate = Arc::new(Gate::default());
-    let engine =
-        start(FakeOptions { gate: Some(Arc::clone(&gate)), ..FakeOptions::default() }, 2);
+    let engine = start(FakeOptions { gate: Some(Arc::clone(&gate)), ..FakeOptions::default() }, 2);
     let first = engine.submit(request(8)).expect("a slot is free");
     let _second = engine.submit(request(8)).expect("a slot is free");
     assert_eq!(engine.submit(request(8)).err(), Some(SubmitError::Full { slots: 2 }));

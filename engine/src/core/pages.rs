@@ -10,6 +10,17 @@ pub struct PageId(pub u32);
 struct State {
     free: Vec<PageId>,
     references: Vec<u32>,
+    /// Pages that the prefix cache holds.
+    cached: Vec<bool>,
+    /// How many pages nobody but the prefix cache holds.
+    idle: usize,
+}
+
+impl State {
+    /// Whether the prefix cache alone holds the page.
+    fn is_idle(&self, id: PageId) -> bool {
+        self.cached[id.0 as usize] && self.references[id.0 as usize] == 1
+    }
 }
 
 /// A pool of KV pages. Clones share it.
@@ -24,7 +35,12 @@ impl PagePool {
     #[must_use]
     pub fn new(total: usize) -> Self {
         let ids = 0..u32::try_from(total).unwrap_or(u32::MAX);
-        let state = State { free: ids.rev().map(PageId).collect(), references: vec![0; total] };
+        let state = State {
+            free: ids.rev().map(PageId).collect(),
+            references: vec![0; total],
+            cached: vec![false; total],
+            idle: 0,
+        };
         Self { state: Arc::new(Mutex::new(state)), total }
     }
 
@@ -38,6 +54,12 @@ impl PagePool {
     #[must_use]
     pub fn free(&self) -> usize {
         self.lock().free.len()
+    }
+
+    /// Pages that nobody but the prefix cache holds.
+    #[must_use]
+    pub fn idle(&self) -> usize {
+        self.lock().idle
     }
 
     /// Takes a free page, if there is one.
@@ -69,11 +91,29 @@ impl Page {
     pub fn id(&self) -> PageId {
         self.id
     }
+
+    /// Whether nobody but the prefix cache holds the page.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.pool.lock().is_idle(self.id)
+    }
+
+    /// A hold for the prefix cache, which has none on this page yet.
+    pub(super) fn clone_for_cache(&self) -> Self {
+        let page = self.clone();
+        self.pool.lock().cached[self.id.0 as usize] = true;
+        page
+    }
 }
 
 impl Clone for Page {
     fn clone(&self) -> Self {
-        self.pool.lock().references[self.id.0 as usize] += 1;
+        let mut state = self.pool.lock();
+        if state.is_idle(self.id) {
+            state.idle -= 1;
+        }
+        state.references[self.id.0 as usize] += 1;
+        drop(state);
         Self { id: self.id, pool: self.pool.clone() }
     }
 }
@@ -81,10 +121,15 @@ impl Clone for Page {
 impl Drop for Page {
     fn drop(&mut self) {
         let mut state = self.pool.lock();
-        let references = &mut state.references[self.id.0 as usize];
-        *references -= 1;
-        if *references == 0 {
+        let index = self.id.0 as usize;
+        let was_idle = state.is_idle(self.id);
+        state.references[index] -= 1;
+        if state.references[index] == 0 {
+            state.cached[index] = false;
+            state.idle -= usize::from(was_idle);
             state.free.push(self.id);
+        } else if state.is_idle(self.id) {
+            state.idle += 1;
         }
     }
 }
@@ -115,14 +160,28 @@ impl PageTable {
         self.pages.is_empty()
     }
 
-    /// Takes pages until `count` are held. Returns false, keeping what it has, if the pool is empty.
-    pub fn grow(&mut self, count: usize, pool: &PagePool) -> bool {
-        while self.pages.len() < count {
-            let Some(page) = pool.take() else { return false };
-            self.ids.push(page.id());
-            self.pages.push(page);
-        }
-        true
+    /// The pages, first positions first.
+    #[must_use]
+    pub fn pages(&self) -> &[Page] {
+        &self.pages
+    }
+
+    /// Pages that would be free, or idle, if this table gave them back.
+    #[must_use]
+    pub fn exclusive(&self) -> usize {
+        let Some(first) = self.pages.first() else { return 0 };
+        let state = first.pool.lock();
+        let exclusive = |id: &&PageId| {
+            let index = id.0 as usize;
+            state.references[index] == 1 + u32::from(state.cached[index])
+        };
+        self.ids.iter().filter(exclusive).count()
+    }
+
+    /// Appends a page.
+    pub fn push(&mut self, page: Page) {
+        self.ids.push(page.id());
+        self.pages.push(page);
     }
 
     /// Gives back all pages but the first `count`.
@@ -149,11 +208,28 @@ mod tests {
     }
 
     #[test]
-    fn a_table_grows_as_far_as_the_pool_goes() {
+    fn a_page_that_only_the_cache_holds_is_idle() {
+        let pool = PagePool::new(2);
+        let page = pool.take().expect("two are free");
+        let cached = page.clone_for_cache();
+        assert_eq!((pool.idle(), pool.free()), (0, 1));
+        drop(page);
+        assert_eq!((pool.idle(), pool.free()), (1, 1));
+        let user = cached.clone();
+        assert_eq!(pool.idle(), 0);
+        drop(user);
+        assert_eq!(pool.idle(), 1);
+        drop(cached);
+        assert_eq!((pool.idle(), pool.free()), (0, 2));
+    }
+
+    #[test]
+    fn a_table_holds_its_pages() {
         let pool = PagePool::new(3);
         let mut table = PageTable::default();
-        assert!(table.grow(2, &pool));
-        assert!(!table.grow(4, &pool));
+        while let Some(page) = pool.take() {
+            table.push(page);
+        }
         assert_eq!((table.len(), pool.free()), (3, 0));
         table.truncate(1);
         assert_eq!((table.ids().len(), pool.free()), (1, 2));

@@ -20,6 +20,8 @@ pub struct Demand {
     pub computed: usize,
     /// KV pages it holds.
     pub pages: usize,
+    /// Those of them that no other sequence holds.
+    pub exclusive: usize,
 }
 
 /// What a step may use.
@@ -99,9 +101,11 @@ impl Planner<'_> {
         let page_size = self.budget.page_size;
         let wanted = (demand.computed + tokens).div_ceil(page_size);
         while wanted > demand.pages + self.free_pages {
-            let Some(victim) = self.victim(index) else { break };
+            let Some(victim) = self.victim(index) else {
+                break;
+            };
             self.preempted[victim] = true;
-            self.free_pages += self.demands[victim].pages;
+            self.free_pages += self.demands[victim].exclusive;
             self.plan.preempt.push(self.demands[victim].id);
         }
         // A prefill may go as far as the free pages do.
@@ -146,14 +150,14 @@ mod tests {
                     work: number(1),
                     computed: number(2),
                     pages: number(3),
+                    exclusive: fields.get(4).map_or(number(3), |_| number(4)),
                 }
             })
             .collect()
     }
 
     fn show(plan: &Plan) -> String {
-        let mut words: Vec<String> =
-            plan.preempt.iter().map(|id| format!("-{}", id.0)).collect();
+        let mut words: Vec<String> = plan.preempt.iter().map(|id| format!("-{}", id.0)).collect();
         words.extend(plan.extend.iter().map(|e| format!("{}+{}/{}", e.id.0, e.tokens, e.pages)));
         words.join(" ")
     }
@@ -163,14 +167,13 @@ mod tests {
         for case in include_str!("testdata/scheduler.txt").split("\n\n") {
             let lines: Vec<&str> =
                 case.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).collect();
-            let [budget, sequences @ .., expected] = lines.as_slice() else { continue };
+            let [budget, sequences @ .., expected] = lines.as_slice() else {
+                continue;
+            };
             let numbers: Vec<usize> =
                 budget.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-            let budget = Budget {
-                step_tokens: numbers[0],
-                page_size: numbers[1],
-                free_pages: numbers[2],
-            };
+            let budget =
+                Budget { step_tokens: numbers[0], page_size: numbers[1], free_pages: numbers[2] };
             let plan = plan(&demands(&sequences.join("\n")), budget);
             assert_eq!(show(&plan), expected.trim_start_matches("=>").trim(), "{case}");
         }
@@ -193,6 +196,7 @@ mod tests {
                     prefilling,
                     computed,
                     pages: computed.div_ceil(page_size),
+                    exclusive: computed.div_ceil(page_size),
                 })
                 .collect();
             let plan = plan(&demands, Budget { step_tokens, page_size, free_pages });

@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use super::pages::PageTable;
+use super::pages::{Page, PageTable};
 use super::sampling::Sampling;
 use super::switch::SwitchRule;
 use crate::executor::{Found, Probe, Row, Scored, TokenId};
@@ -219,6 +219,28 @@ impl Sequence {
         events
     }
 
+    /// The tokens whose KV another sequence may have left in the prefix cache: all that are known,
+    /// but for those whose results are still wanted. Empty once something is computed.
+    #[must_use]
+    pub fn reusable(&self) -> &[TokenId] {
+        if self.computed == 0 { &self.tokens[..self.first_probe()] } else { &[] }
+    }
+
+    /// Takes over the KV of the first `pages.len() * page_size` tokens.
+    pub fn reuse(&mut self, pages: Vec<Page>, page_size: usize) {
+        self.computed = pages.len() * page_size;
+        pages.into_iter().for_each(|page| self.pages.push(page));
+    }
+
+    /// The tokens whose KV is in the pages for good: a draft that is not decided may still be cut.
+    #[must_use]
+    pub fn settled(&self) -> &[TokenId] {
+        match self.phase {
+            Phase::Reading(_) => &self.tokens[..self.computed.min(self.prompt_len)],
+            _ => &self.tokens[..self.computed],
+        }
+    }
+
     /// Forgets all KV, to be recomputed. No result that was given is given again.
     pub fn preempt(&mut self) {
         self.computed = 0;
@@ -301,7 +323,9 @@ impl Sequence {
     /// Tells of new scores, and decides the draft if it can be decided. Returns the draft tokens
     /// behind a switch that were extended with it.
     fn read(&mut self, scores: Vec<Judged>, events: &mut Vec<Event>) -> Vec<TokenId> {
-        let Phase::Reading(reading) = &self.phase else { return Vec::new() };
+        let Phase::Reading(reading) = &self.phase else {
+            return Vec::new();
+        };
         let (scored, drafted) = (reading.rule.scored(), self.answer_len());
         let first = scored - scores.len();
         let decision = match reading.rule.switch() {
@@ -315,7 +339,9 @@ impl Sequence {
         if decision.is_some() || !scores.is_empty() {
             events.push(Event::Read { first, scores, decision });
         }
-        let Some(Decision { kept, .. }) = decision else { return Vec::new() };
+        let Some(Decision { kept, .. }) = decision else {
+            return Vec::new();
+        };
         self.phase = Phase::Writing;
         let mut ahead = self.tokens.split_off(self.prompt_len + kept);
         ahead.truncate(self.computed.saturating_sub(self.tokens.len()));

@@ -70,12 +70,7 @@ impl SwitchRule {
 /// `window` tokens are certain unseen, and each score makes one more certain.
 /// `kept` is the decided length of the draft, once it is decided.
 #[must_use]
-pub fn certain_tokens(
-    window: usize,
-    received: usize,
-    scored: usize,
-    kept: Option<usize>,
-) -> usize {
+pub fn certain_tokens(window: usize, received: usize, scored: usize, kept: Option<usize>) -> usize {
     match kept {
         Some(kept) => kept.min(received),
         None => received.min(window.max(scored + 1)),
