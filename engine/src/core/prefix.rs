@@ -201,7 +201,11 @@ mod tests {
             let mut cache = PrefixCache::new(2);
             let mut owner = HashMap::new();
             for text in &texts {
-                let table = table(&pool, text.len() / 2);
+                let mut table = PageTable::default();
+                cache.lookup(text).into_iter().for_each(|page| table.push(page));
+                while table.len() < text.len() / 2 {
+                    table.push(pool.take().expect("a free page"));
+                }
                 cache.insert(text, &table);
                 for (index, page) in cache.lookup(text).iter().enumerate() {
                     let prefix = text[..2 * (index + 1)].to_vec();
