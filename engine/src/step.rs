@@ -29,6 +29,8 @@ pub struct Engine {
     pool: PagePool,
     prefixes: PrefixCache,
     sequences: BTreeMap<SequenceId, Sequence>,
+    /// The last plan's oldest sequence without a page.
+    starved: Option<SequenceId>,
     next_id: u64,
     counters: Counters,
 }
@@ -45,6 +47,7 @@ impl Engine {
             pool: PagePool::new(limits.pages),
             prefixes: PrefixCache::new(limits.page_size),
             sequences: BTreeMap::new(),
+            starved: None,
             next_id: 0,
             counters: Counters::default(),
         }
@@ -105,6 +108,7 @@ impl Engine {
     pub fn step(&mut self) -> (Vec<(SequenceId, Event)>, Result<(), ExecutorError>) {
         self.reuse_prefixes();
         let plan = self.plan();
+        self.starved = plan.starved;
         let probes = self.prepare(&plan);
         match self.execute(&plan, &probes) {
             Ok(found) => (self.commit(&plan, &probes, found), Ok(())),
@@ -115,8 +119,8 @@ impl Engine {
     /// Gives the sequences that this step may begin what the prefix cache has for them.
     fn reuse_prefixes(&mut self) {
         let mut budget = self.step_tokens;
-        for sequence in self.sequences.values_mut() {
-            if budget == 0 {
+        for (&id, sequence) in &mut self.sequences {
+            if budget == 0 || self.starved.is_some_and(|starved| starved < id) {
                 return;
             }
             let pages = self.prefixes.lookup(sequence.reusable());

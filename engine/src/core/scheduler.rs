@@ -53,6 +53,9 @@ pub struct Plan {
     pub preempt: Vec<SequenceId>,
     /// Sequences to extend.
     pub extend: Vec<Extend>,
+    /// The oldest sequence that found no page. Until it does, younger ones take none from the
+    /// prefix cache.
+    pub starved: Option<SequenceId>,
 }
 
 /// Plans a step.
@@ -112,6 +115,8 @@ impl Planner<'_> {
         let room = (demand.pages + self.free_pages) * page_size;
         tokens = tokens.min(room.saturating_sub(demand.computed));
         if tokens == 0 {
+            let oldest = self.plan.starved.map_or(demand.id, |id| id.min(demand.id));
+            self.plan.starved = Some(oldest);
             return;
         }
         let pages = (demand.computed + tokens).div_ceil(page_size).max(demand.pages);
