@@ -1,0 +1,249 @@
+//! The edge between wire types and the node's own.
+
+use std::sync::Arc;
+
+use headstart_engine::{DraftPolicy, Finish, Judged, Limits, Request, Sampling, Scored};
+use headstart_proto::v1::{self, DraftEncoding, OnDraftComplete, serve_frame};
+use headstart_proto::{Epoch, Error, RequestId};
+
+use crate::answer::{Body, Frame, Source};
+
+/// Alternatives a position may report at most.
+const TOP_LOGPROBS_MAX: u32 = 20;
+/// The longest window, in tokens.
+const WINDOW_MAX: u32 = 4096;
+
+/// A valid [`v1::ServeRequest`].
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// The request.
+    pub id: RequestId,
+    /// The attempt.
+    pub epoch: Epoch,
+    /// At least one id of the vocabulary.
+    pub prompt: Vec<u32>,
+    /// What `prompt` encodes.
+    pub prompt_text: String,
+    /// At least 1.
+    pub max_tokens: usize,
+    /// Of the continuation.
+    pub sampling: Sampling,
+    /// Set: log-probabilities are wanted, with so many alternatives.
+    pub top_logprobs: Option<usize>,
+    /// Unset: nobody begins this answer.
+    pub draft: Option<DraftJob>,
+}
+
+/// A valid [`v1::DraftPolicy`].
+#[derive(Clone, Debug)]
+pub struct DraftJob {
+    /// How the draft is read.
+    pub policy: DraftPolicy,
+    /// How it comes.
+    pub encoding: DraftEncoding,
+    /// The base's; draft ids are below it.
+    pub vocab_size: usize,
+}
+
+impl Job {
+    /// Checks a request against the model's limits.
+    ///
+    /// # Errors
+    /// An error that names the field and what was expected.
+    pub fn new(request: v1::ServeRequest, limits: Limits) -> Result<Self, Error> {
+        let id = RequestId::new(&request.request_id)?;
+        let epoch = Epoch::new(request.epoch)?;
+        if let Some(&bad) = request.prompt_ids.iter().find(|&&id| id as usize >= limits.vocab_size)
+        {
+            let message = format!("expected ids below {}, found {bad}", limits.vocab_size);
+            return Err(Error::invalid("prompt_ids", message));
+        }
+        if request.prompt_ids.is_empty() {
+            return Err(Error::invalid("prompt_ids", "expected at least one id"));
+        }
+        if request.max_tokens == 0 {
+            return Err(Error::invalid("max_tokens", "expected at least 1"));
+        }
+        if let Some(top) = request.top_logprobs.filter(|&top| top > TOP_LOGPROBS_MAX) {
+            let message = format!("expected at most {TOP_LOGPROBS_MAX}, found {top}");
+            return Err(Error::invalid("top_logprobs", message));
+        }
+        let draft = request.draft.map(|draft| draft_job(&draft, limits)).transpose()?;
+        Ok(Self {
+            id,
+            epoch,
+            prompt: request.prompt_ids,
+            prompt_text: request.prompt_text,
+            max_tokens: request.max_tokens as usize,
+            sampling: sampling(&request.sampling.unwrap_or_default())?,
+            top_logprobs: request.top_logprobs.map(|top| top as usize),
+            draft,
+        })
+    }
+
+    /// What the engine is asked.
+    #[must_use]
+    pub fn engine_request(&self, stop_tokens: &Arc<[u32]>) -> Request {
+        Request {
+            prompt: self.prompt.clone(),
+            max_tokens: self.max_tokens,
+            sampling: self.sampling.clone(),
+            stop_tokens: Arc::clone(stop_tokens),
+            top_logprobs: self.top_logprobs.unwrap_or(0),
+            draft: self.draft.as_ref().map(|draft| draft.policy),
+        }
+    }
+}
+
+fn draft_job(draft: &v1::DraftPolicy, limits: Limits) -> Result<DraftJob, Error> {
+    if !(1..=WINDOW_MAX).contains(&draft.window) {
+        let message = format!("expected 1 to {WINDOW_MAX}, found {}", draft.window);
+        return Err(Error::invalid("draft.window", message));
+    }
+    if !(draft.threshold > 0.0 && draft.threshold <= 1.0) {
+        let message = format!("expected a number in (0, 1], found {}", draft.threshold);
+        return Err(Error::invalid("draft.threshold", message));
+    }
+    let encoding = match draft.encoding() {
+        DraftEncoding::Unspecified => {
+            return Err(Error::invalid("draft.encoding", "expected IDS or TEXT"));
+        }
+        known => known,
+    };
+    // The threshold travels as f32; its decimal value is what was meant.
+    let threshold = draft.threshold.to_string().parse().unwrap_or(f64::from(draft.threshold));
+    let policy = DraftPolicy {
+        window: draft.window as usize,
+        threshold,
+        continue_complete: draft.on_draft_complete() != OnDraftComplete::Finish,
+        continue_empty: draft.continue_empty_draft,
+    };
+    Ok(DraftJob { policy, encoding, vocab_size: limits.vocab_size })
+}
+
+fn sampling(wire: &v1::Sampling) -> Result<Sampling, Error> {
+    let within = |field: &str, value: Option<f32>, default: f32, low: f32, high: f32| {
+        let value = value.unwrap_or(default);
+        if (low..=high).contains(&value) {
+            return Ok(value);
+        }
+        let message = format!("expected a number from {low} to {high}, found {value}");
+        Err(Error::invalid(format!("sampling.{field}"), message))
+    };
+    Ok(Sampling {
+        temperature: within("temperature", wire.temperature, 1.0, 0.0, 100.0)?,
+        top_p: within("top_p", wire.top_p, 1.0, f32::MIN_POSITIVE, 1.0)?,
+        top_k: wire.top_k.unwrap_or(0) as usize,
+        min_p: within("min_p", wire.min_p, 0.0, 0.0, 1.0)?,
+        seed: wire.seed.unwrap_or(0),
+        presence_penalty: within("presence_penalty", wire.presence_penalty, 0.0, -2.0, 2.0)?,
+        frequency_penalty: within("frequency_penalty", wire.frequency_penalty, 0.0, -2.0, 2.0)?,
+    })
+}
+
+/// The wire form of a frame.
+#[must_use]
+pub fn frame(job: &Job, frame: Frame) -> v1::ServeFrame {
+    let event = match frame.body {
+        Body::Tokens { source, ids, judged } => serve_frame::Event::Tokens(v1::Tokens {
+            source: match source {
+                Source::Drafter => v1::Source::Drafter.into(),
+                Source::Base => v1::Source::Base.into(),
+            },
+            ids,
+            logprobs: judged.iter().map(logprobs).collect(),
+        }),
+        Body::Decided(decision) => serve_frame::Event::Switched(v1::Switched {
+            by_threshold: decision.switched,
+            kept_tokens: decision.kept as u32,
+            drafted_tokens: decision.drafted as u32,
+        }),
+        Body::Finished { reason, answer_tokens } => serve_frame::Event::Finished(v1::Finished {
+            reason: match reason {
+                Finish::Stop => v1::FinishReason::Stop.into(),
+                Finish::Length => v1::FinishReason::Length.into(),
+            },
+            prompt_tokens: job.prompt.len() as u32,
+            completion_tokens: answer_tokens as u32,
+        }),
+    };
+    v1::ServeFrame {
+        request_id: job.id.to_string(),
+        epoch: job.epoch.get(),
+        position: frame.position as u32,
+        event: Some(event),
+    }
+}
+
+fn logprobs(judged: &Judged) -> v1::PositionLogprobs {
+    let wire = |scored: &Scored| v1::TokenLogprob { id: scored.token, logprob: scored.logprob };
+    v1::PositionLogprobs {
+        token: Some(wire(&judged.token)),
+        top: judged.top.iter().map(wire).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { vocab_size: 10, context_length: 64, page_size: 4, pages: 16 };
+
+    fn request() -> v1::ServeRequest {
+        v1::ServeRequest {
+            request_id: "r".into(),
+            epoch: 1,
+            prompt_ids: vec![1, 2],
+            max_tokens: 4,
+            draft: Some(v1::DraftPolicy {
+                window: 6,
+                threshold: 0.8,
+                encoding: DraftEncoding::Ids.into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn bad_fields_are_named() {
+        type Spoil = fn(&mut v1::ServeRequest);
+        fn draft(request: &mut v1::ServeRequest) -> &mut v1::DraftPolicy {
+            request.draft.as_mut().expect("set above")
+        }
+        fn sampling(request: &mut v1::ServeRequest) -> &mut v1::Sampling {
+            request.sampling.get_or_insert_default()
+        }
+        let cases: &[(&str, Spoil)] = &[
+            ("request_id", |r| r.request_id = String::new()),
+            ("epoch", |r| r.epoch = 0),
+            ("prompt_ids", |r| r.prompt_ids.clear()),
+            ("prompt_ids", |r| r.prompt_ids = vec![10]),
+            ("max_tokens", |r| r.max_tokens = 0),
+            ("top_logprobs", |r| r.top_logprobs = Some(21)),
+            ("draft.window", |r| draft(r).window = 0),
+            ("draft.window", |r| draft(r).window = u32::MAX),
+            ("draft.threshold", |r| draft(r).threshold = 0.0),
+            ("draft.threshold", |r| draft(r).threshold = 1.5),
+            ("draft.threshold", |r| draft(r).threshold = f32::NAN),
+            ("draft.encoding", |r| draft(r).encoding = 0),
+            ("sampling.temperature", |r| sampling(r).temperature = Some(f32::NAN)),
+            ("sampling.top_p", |r| sampling(r).top_p = Some(0.0)),
+            ("sampling.min_p", |r| sampling(r).min_p = Some(-0.1)),
+            ("sampling.presence_penalty", |r| sampling(r).presence_penalty = Some(2.5)),
+        ];
+        assert!(Job::new(request(), LIMITS).is_ok());
+        for (field, spoil) in cases {
+            let mut request = request();
+            spoil(&mut request);
+            let error = Job::new(request, LIMITS).expect_err(field);
+            assert_eq!(error.field.as_deref(), Some(*field));
+        }
+    }
+
+    #[test]
+    fn a_threshold_means_its_decimal_value() {
+        let job = Job::new(request(), LIMITS).expect("valid");
+        assert_eq!(job.draft.map(|draft| draft.policy.threshold), Some(0.8));
+    }
+}

@@ -1,0 +1,11 @@
+//! The base-node: reads a draft along, takes over, and writes the rest of the answer.
+//!
+//! `Serve` opens a [`session`], the task that owns one answer; `Handoff` brings it its draft, and
+//! the [`rendezvous`] is where the two meet. [`answer`] decides what may leave the node and when.
+
+pub mod answer;
+pub mod convert;
+pub mod metrics;
+pub mod rendezvous;
+pub mod service;
+pub mod session;

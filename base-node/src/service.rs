@@ -1,0 +1,230 @@
+//! The `Base` service: `Serve` opens a session, `Handoff` brings it its draft.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use headstart_engine::{EngineHandle, SubmitError};
+use headstart_proto::v1::{self, DraftEnd, base_server::Base, handoff_frame, handoff_reply};
+use headstart_proto::{Epoch, Error, ErrorCode, RequestId};
+use headstart_text::{ModelText, Tokenizer};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::convert::Job;
+use crate::metrics;
+use crate::rendezvous::{DraftInput, Link, Rendezvous};
+use crate::session::Session;
+
+/// Frames that wait for the router at most; tokens beyond gather in the last one.
+const FRAME_QUEUE: usize = 8;
+/// Replies that wait for the drafter at most: there are never more than two.
+const REPLY_QUEUE: usize = 2;
+
+/// See the [module](self).
+pub struct BaseService {
+    engine: EngineHandle,
+    tokenizer: Tokenizer,
+    stop_tokens: Arc<[u32]>,
+    rendezvous: Arc<Rendezvous>,
+    handoff_timeout: Duration,
+    /// Cancelled when the node takes no new requests.
+    draining: CancellationToken,
+    sessions: TaskTracker,
+}
+
+impl BaseService {
+    /// A service on `engine`, which waits `handoff_timeout` for either side of a handoff.
+    #[must_use]
+    pub fn new(
+        engine: EngineHandle,
+        text: &ModelText,
+        handoff_timeout: Duration,
+        draining: CancellationToken,
+        sessions: TaskTracker,
+    ) -> Self {
+        let waiting = 2 * engine.stats().slots;
+        Self {
+            engine,
+            tokenizer: text.tokenizer().clone(),
+            stop_tokens: text.stop_tokens().into(),
+            rendezvous: Rendezvous::new(waiting),
+            handoff_timeout,
+            draining,
+            sessions,
+        }
+    }
+
+    fn open(
+        &self,
+        request: v1::ServeRequest,
+    ) -> Result<mpsc::Receiver<Result<v1::ServeFrame, Status>>, Error> {
+        if self.draining.is_cancelled() {
+            return Err(Error::new(ErrorCode::Draining, "the base is draining"));
+        }
+        let job = Job::new(request, self.engine.limits())?;
+        let seat = match job.draft {
+            Some(_) => Some(self.rendezvous.open(&job.id, job.epoch)?),
+            None => None,
+        };
+        let generation =
+            self.engine.submit(job.engine_request(&self.stop_tokens)).map_err(refused)?;
+        let (frames, receiver) = mpsc::channel(FRAME_QUEUE);
+        let session =
+            Session::new(job, generation, seat, &self.tokenizer, frames, self.handoff_timeout)?;
+        self.sessions.spawn(session.run());
+        Ok(receiver)
+    }
+}
+
+#[tonic::async_trait]
+impl Base for BaseService {
+    type ServeStream = ReceiverStream<Result<v1::ServeFrame, Status>>;
+    type HandoffStream = ReceiverStream<Result<v1::HandoffReply, Status>>;
+
+    async fn serve(
+        &self,
+        request: Request<v1::ServeRequest>,
+    ) -> Result<Response<Self::ServeStream>, Status> {
+        metrics::request_started();
+        let frames = self.open(request.into_inner()).inspect_err(|error| {
+            metrics::request_ended(error.code.code());
+        })?;
+        Ok(Response::new(ReceiverStream::new(frames)))
+    }
+
+    async fn handoff(
+        &self,
+        request: Request<Streaming<v1::HandoffFrame>>,
+    ) -> Result<Response<Self::HandoffStream>, Status> {
+        let mut frames = request.into_inner();
+        let opening = tokio::time::timeout(self.handoff_timeout, frames.message()).await;
+        let first = opening
+            .map_err(|_| Error::new(ErrorCode::DeadlineExceeded, "the handoff was not opened"))??
+            .ok_or_else(|| Error::new(ErrorCode::Protocol, "expected an opening frame"))?;
+        let id = RequestId::new(&first.request_id).map_err(Error::from)?;
+        let epoch = Epoch::new(first.epoch).map_err(Error::from)?;
+        let Some(handoff_frame::Event::Open(open)) = first.event else {
+            return Err(Error::new(ErrorCode::Protocol, "expected an opening frame").into());
+        };
+        let link = self.rendezvous.join(&id, epoch, self.handoff_timeout).await?;
+        let encoding = open.encoding();
+        let input =
+            DraftInput::Open { tokenizer_fingerprint: open.tokenizer_fingerprint, encoding };
+        let gone = || Error::new(ErrorCode::NotFound, format!("request {id} is over"));
+        link.input.send(input).await.map_err(|_| gone())?;
+        let (replies, receiver) = mpsc::channel(REPLY_QUEUE);
+        let handoff = Handoff { id, epoch, position: 0, frames, replies };
+        tokio::spawn(handoff.run(link));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+fn refused(error: SubmitError) -> Error {
+    match error {
+        SubmitError::Full { .. } => Error::new(ErrorCode::Overloaded, error.to_string()),
+        SubmitError::Invalid { field, message } => Error::invalid(field, message),
+        SubmitError::Stopped => Error::unavailable(error.to_string()),
+    }
+}
+
+/// One draft's way from the wire to its session.
+struct Handoff {
+    id: RequestId,
+    epoch: Epoch,
+    /// Draft tokens received, in the drafter's tokens.
+    position: u32,
+    frames: Streaming<v1::HandoffFrame>,
+    replies: mpsc::Sender<Result<v1::HandoffReply, Status>>,
+}
+
+impl Handoff {
+    async fn run(mut self, mut link: Link) {
+        self.reply(handoff_reply::Event::Accepted(v1::HandoffAccepted {})).await;
+        loop {
+            tokio::select! {
+                biased;
+                reason = stopped(&mut link.stop) => return self.stop(reason).await,
+                () = self.replies.closed() => return,
+                // A broken stream drops the link: the session sees that its drafter is lost.
+                frame = self.frames.message() => match frame {
+                    Ok(Some(frame)) => match self.check(frame) {
+                        Ok(None) => {}
+                        Ok(Some(input)) => {
+                            let ended = input == DraftInput::Ended;
+                            if link.input.send(input).await.is_err() {
+                                return self.stop(stopped(&mut link.stop).await).await;
+                            }
+                            if ended {
+                                return;
+                            }
+                        }
+                        Err(error) => {
+                            let _ = self.replies.send(Err(error.into())).await;
+                            return;
+                        }
+                    },
+                    Ok(None) | Err(_) => return,
+                },
+            }
+        }
+    }
+
+    /// A frame of another request or attempt, or one that leaves a gap, breaks the handoff; tokens
+    /// that were seen already are dropped.
+    fn check(&mut self, frame: v1::HandoffFrame) -> Result<Option<DraftInput>, Error> {
+        if frame.request_id != self.id.as_str() || frame.epoch != self.epoch.get() {
+            let message = format!(
+                "expected frames of request {} attempt {}, found {} attempt {}",
+                self.id, self.epoch, frame.request_id, frame.epoch
+            );
+            return Err(Error::new(ErrorCode::Protocol, message));
+        }
+        if frame.position > self.position {
+            let message =
+                format!("expected draft position {}, found {}", self.position, frame.position);
+            return Err(Error::new(ErrorCode::Protocol, message));
+        }
+        match frame.event {
+            Some(handoff_frame::Event::Tokens(_)) if frame.position < self.position => Ok(None),
+            Some(handoff_frame::Event::Tokens(tokens)) => {
+                self.position = self.position.saturating_add(tokens.count);
+                metrics::draft_received(tokens.count);
+                Ok(Some(if tokens.ids.is_empty() {
+                    DraftInput::Text(tokens.text)
+                } else {
+                    DraftInput::Ids(tokens.ids)
+                }))
+            }
+            Some(handoff_frame::Event::Ended(_)) => Ok(Some(DraftInput::Ended)),
+            Some(handoff_frame::Event::Open(_)) | None => {
+                Err(Error::new(ErrorCode::Protocol, "expected draft tokens or the draft's end"))
+            }
+        }
+    }
+
+    async fn stop(&self, reason: DraftEnd) {
+        self.reply(handoff_reply::Event::Stop(v1::HandoffStop { reason: reason.into() })).await;
+    }
+
+    async fn reply(&self, event: handoff_reply::Event) {
+        let reply = v1::HandoffReply {
+            request_id: self.id.to_string(),
+            epoch: self.epoch.get(),
+            position: self.position,
+            event: Some(event),
+        };
+        // A drafter that hung up needs no reply.
+        let _ = self.replies.send(Ok(reply)).await;
+    }
+}
+
+async fn stopped(stop: &mut watch::Receiver<Option<DraftEnd>>) -> DraftEnd {
+    match stop.wait_for(Option::is_some).await {
+        Ok(reason) => reason.unwrap_or(DraftEnd::Aborted),
+        // The session ended without a decision.
+        Err(_) => DraftEnd::Aborted,
+    }
+}

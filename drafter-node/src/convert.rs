@@ -1,0 +1,168 @@
+//! The edge between wire types and the node's own.
+
+use std::sync::Arc;
+
+use headstart_engine::{Finish, Limits, Request, Sampling};
+use headstart_proto::v1::{self, DraftEncoding, DraftEnd};
+use headstart_proto::{Epoch, Error, RequestId};
+
+/// The longest address of a base, in bytes.
+const ADDRESS_BYTES_MAX: usize = 256;
+
+/// A valid [`v1::DraftRequest`].
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// The request.
+    pub id: RequestId,
+    /// The attempt.
+    pub epoch: Epoch,
+    /// At least one id of the vocabulary.
+    pub prompt: Vec<u32>,
+    /// At least 1.
+    pub draft_tokens_max: usize,
+    /// Greedy unless asked otherwise.
+    pub sampling: Sampling,
+    /// `host:port` of the base that reads the draft.
+    pub base_address: String,
+    /// How the draft travels.
+    pub encoding: DraftEncoding,
+}
+
+impl Job {
+    /// Checks a request against the model's limits. A draft that the context has no room for is
+    /// shortened to what it has.
+    ///
+    /// # Errors
+    /// An error that names the field and what was expected.
+    pub fn new(request: v1::DraftRequest, limits: Limits) -> Result<Self, Error> {
+        let id = RequestId::new(&request.request_id)?;
+        let epoch = Epoch::new(request.epoch)?;
+        let encoding = match request.encoding() {
+            DraftEncoding::Unspecified => {
+                return Err(Error::invalid("encoding", "expected IDS or TEXT"));
+            }
+            known => known,
+        };
+        if let Some(&bad) = request.prompt_ids.iter().find(|&&id| id as usize >= limits.vocab_size)
+        {
+            let message = format!("expected ids below {}, found {bad}", limits.vocab_size);
+            return Err(Error::invalid("prompt_ids", message));
+        }
+        if request.prompt_ids.is_empty() {
+            return Err(Error::invalid("prompt_ids", "expected at least one id"));
+        }
+        let context = limits.context_length.min(limits.pages * limits.page_size);
+        let room = context.saturating_sub(request.prompt_ids.len());
+        if room == 0 {
+            let found = request.prompt_ids.len();
+            let message = format!("expected fewer than {context} ids, found {found}");
+            return Err(Error::invalid("prompt_ids", message));
+        }
+        if request.draft_tokens_max == 0 {
+            return Err(Error::invalid("draft_tokens_max", "expected at least 1"));
+        }
+        let address = &request.base_address;
+        if address.len() > ADDRESS_BYTES_MAX || !address.contains(':') {
+            return Err(Error::invalid("base_address", "expected host:port"));
+        }
+        Ok(Self {
+            id,
+            epoch,
+            prompt: request.prompt_ids,
+            draft_tokens_max: (request.draft_tokens_max as usize).min(room),
+            sampling: sampling(&request.sampling.unwrap_or_default())?,
+            base_address: request.base_address,
+            encoding,
+        })
+    }
+
+    /// What the engine is asked.
+    #[must_use]
+    pub fn engine_request(&self, stop_tokens: &Arc<[u32]>) -> Request {
+        Request {
+            prompt: self.prompt.clone(),
+            max_tokens: self.draft_tokens_max,
+            sampling: self.sampling.clone(),
+            stop_tokens: Arc::clone(stop_tokens),
+            top_logprobs: 0,
+            draft: None,
+        }
+    }
+}
+
+/// How a draft that ended by itself is told.
+#[must_use]
+pub fn draft_end(finish: Finish) -> DraftEnd {
+    match finish {
+        Finish::Stop => DraftEnd::Eos,
+        Finish::Length => DraftEnd::Length,
+    }
+}
+
+fn sampling(wire: &v1::Sampling) -> Result<Sampling, Error> {
+    let within = |field: &str, value: Option<f32>, default: f32, low: f32, high: f32| {
+        let value = value.unwrap_or(default);
+        if (low..=high).contains(&value) {
+            return Ok(value);
+        }
+        let message = format!("expected a number from {low} to {high}, found {value}");
+        Err(Error::invalid(format!("sampling.{field}"), message))
+    };
+    Ok(Sampling {
+        temperature: within("temperature", wire.temperature, 0.0, 0.0, 100.0)?,
+        top_p: within("top_p", wire.top_p, 1.0, f32::MIN_POSITIVE, 1.0)?,
+        top_k: wire.top_k.unwrap_or(0) as usize,
+        min_p: within("min_p", wire.min_p, 0.0, 0.0, 1.0)?,
+        seed: wire.seed.unwrap_or(0),
+        presence_penalty: within("presence_penalty", wire.presence_penalty, 0.0, -2.0, 2.0)?,
+        frequency_penalty: within("frequency_penalty", wire.frequency_penalty, 0.0, -2.0, 2.0)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { vocab_size: 10, context_length: 8, page_size: 4, pages: 16 };
+
+    fn request() -> v1::DraftRequest {
+        v1::DraftRequest {
+            request_id: "r".into(),
+            epoch: 1,
+            prompt_ids: vec![1, 2],
+            draft_tokens_max: 48,
+            base_address: "127.0.0.1:1".into(),
+            encoding: DraftEncoding::Text.into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_draft_fits_the_context() {
+        assert_eq!(Job::new(request(), LIMITS).expect("valid").draft_tokens_max, 6);
+    }
+
+    #[test]
+    fn bad_fields_are_named() {
+        type Spoil = fn(&mut v1::DraftRequest);
+        let cases: &[(&str, Spoil)] = &[
+            ("request_id", |r| r.request_id = "no spaces".into()),
+            ("epoch", |r| r.epoch = 0),
+            ("prompt_ids", |r| r.prompt_ids.clear()),
+            ("prompt_ids", |r| r.prompt_ids = vec![10]),
+            ("prompt_ids", |r| r.prompt_ids = vec![1; 8]),
+            ("draft_tokens_max", |r| r.draft_tokens_max = 0),
+            ("base_address", |r| r.base_address = "nowhere".into()),
+            ("encoding", |r| r.encoding = 0),
+            ("sampling.temperature", |r| {
+                r.sampling.get_or_insert_default().temperature = Some(f32::INFINITY);
+            }),
+        ];
+        for (field, spoil) in cases {
+            let mut request = request();
+            spoil(&mut request);
+            let error = Job::new(request, LIMITS).expect_err(field);
+            assert_eq!(error.field.as_deref(), Some(*field));
+        }
+    }
+}

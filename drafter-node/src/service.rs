@@ -1,0 +1,115 @@
+//! The `Drafter` service: each call starts a [`Draft`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use headstart_engine::{EngineHandle, SubmitError};
+use headstart_proto::v1::{self, DraftEncoding, drafter_server::Drafter};
+use headstart_proto::{Error, ErrorCode, NodeId};
+use headstart_text::{Detokenizer, ModelText, Tokenizer};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status};
+
+use crate::bases::Bases;
+use crate::convert::Job;
+use crate::draft::Draft;
+use crate::metrics;
+
+/// Words that wait for the router at most: there are never more than two.
+const PROGRESS_QUEUE: usize = 2;
+/// How long a connection to a base may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// See the [module](self).
+pub struct DrafterService {
+    engine: EngineHandle,
+    tokenizer: Tokenizer,
+    stop_tokens: Arc<[u32]>,
+    node_id: NodeId,
+    handoff_timeout: Duration,
+    bases: Bases,
+    /// Cancelled when the node takes no new drafts.
+    draining: CancellationToken,
+    drafts: TaskTracker,
+}
+
+impl DrafterService {
+    /// A service on `engine`, which gives a base `handoff_timeout` to accept a draft.
+    #[must_use]
+    pub fn new(
+        engine: EngineHandle,
+        text: &ModelText,
+        node_id: NodeId,
+        handoff_timeout: Duration,
+        draining: CancellationToken,
+        drafts: TaskTracker,
+    ) -> Self {
+        Self {
+            engine,
+            tokenizer: text.tokenizer().clone(),
+            stop_tokens: text.stop_tokens().into(),
+            node_id,
+            handoff_timeout,
+            bases: Bases::new(CONNECT_TIMEOUT),
+            draining,
+            drafts,
+        }
+    }
+
+    fn start(
+        &self,
+        request: v1::DraftRequest,
+    ) -> Result<mpsc::Receiver<Result<v1::DraftFrame, Status>>, Error> {
+        if self.draining.is_cancelled() {
+            return Err(Error::new(ErrorCode::Draining, "the drafter is draining"));
+        }
+        let job = Job::new(request, self.engine.limits())?;
+        let base = self.bases.client(&job.base_address)?;
+        let generation =
+            self.engine.submit(job.engine_request(&self.stop_tokens)).map_err(refused)?;
+        let as_text = job.encoding == DraftEncoding::Text;
+        let (progress, receiver) = mpsc::channel(PROGRESS_QUEUE);
+        let draft = Draft {
+            generation,
+            detokenizer: as_text.then(|| Detokenizer::new(&self.tokenizer)),
+            open: v1::HandoffOpen {
+                drafter_id: self.node_id.to_string(),
+                tokenizer_fingerprint: self.tokenizer.fingerprint().to_string(),
+                encoding: job.encoding.into(),
+            },
+            progress,
+            handoff_timeout: self.handoff_timeout,
+            position: 0,
+            job,
+        };
+        self.drafts.spawn(draft.run(base));
+        Ok(receiver)
+    }
+}
+
+#[tonic::async_trait]
+impl Drafter for DrafterService {
+    type DraftStream = ReceiverStream<Result<v1::DraftFrame, Status>>;
+
+    async fn draft(
+        &self,
+        request: Request<v1::DraftRequest>,
+    ) -> Result<Response<Self::DraftStream>, Status> {
+        metrics::request_started();
+        let progress = self.start(request.into_inner()).inspect_err(|error| {
+            metrics::request_ended(error.code.code());
+        })?;
+        Ok(Response::new(ReceiverStream::new(progress)))
+    }
+}
+
+fn refused(error: SubmitError) -> Error {
+    match error {
+        SubmitError::Full { .. } => Error::new(ErrorCode::Overloaded, error.to_string()),
+        SubmitError::Invalid { field, message } => Error::invalid(field, message),
+        SubmitError::Stopped => Error::unavailable(error.to_string()),
+    }
+}
