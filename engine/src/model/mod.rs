@@ -1,1 +1,200 @@
 //! Model families and their weights.
+//!
+//! A family is a short file (`llama.rs`, `qwen2.rs`, `qwen3.rs`, `gemma2.rs`) that turns a file's
+//! metadata into one [`ModelConfig`]; everything after that, loading and running, is the same code
+//! for all of them. GGUF files and Hugging Face directories give the same [`Model`]: rows that GGUF
+//! stores in interleaved rotary order are put back in rotate-half order, so that a KV page means the
+//! same whichever file it was computed from.
+
+mod config;
+mod error;
+mod family;
+mod gemma2;
+mod llama;
+mod loader;
+mod names;
+mod qwen2;
+mod qwen3;
+mod rope;
+mod source;
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use headstart_formats::gguf::Gguf;
+use headstart_formats::hf::HfDir;
+use headstart_formats::safetensors::SafetensorsDir;
+use headstart_kernels::{Matrix, ThreadPool};
+
+pub use config::{Activation, ModelConfig};
+pub use error::LoadError;
+pub use rope::{Rope, RopeScaling};
+
+use family::{GgufReader, HfReader};
+use loader::Loader;
+use names::Names;
+use source::Source;
+
+/// How matrices are kept in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightDtype {
+    /// As the file has them.
+    #[default]
+    Auto,
+    /// Every weight expanded to f32.
+    F32,
+    /// Every weight expanded, then rounded to bf16.
+    Bf16,
+}
+
+impl WeightDtype {
+    const ALL: [(Self, &'static str); 3] =
+        [(Self::Auto, "auto"), (Self::F32, "f32"), (Self::Bf16, "bf16")];
+}
+
+impl fmt::Display for WeightDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name =
+            Self::ALL.iter().find(|(dtype, _)| dtype == self).map_or("auto", |(_, name)| name);
+        f.write_str(name)
+    }
+}
+
+impl FromStr for WeightDtype {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL
+            .iter()
+            .find(|(_, name)| *name == text)
+            .map(|(dtype, _)| *dtype)
+            .ok_or_else(|| format!("{text:?} is none of auto, f32, bf16"))
+    }
+}
+
+/// How to load a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// How matrices are kept.
+    pub dtype: WeightDtype,
+    /// Threads that repack them, at least 1.
+    pub threads: usize,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { dtype: WeightDtype::Auto, threads }
+    }
+}
+
+/// How far loading has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes of the file's tensors read so far.
+    pub bytes_loaded: u64,
+    /// Bytes of all its tensors.
+    pub bytes_total: u64,
+}
+
+/// A matrix with the bias that may follow it.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    /// `[out][in]`.
+    pub(crate) weight: Matrix,
+    /// `[out]`.
+    pub(crate) bias: Option<Vec<f32>>,
+}
+
+/// The weights of a layer. Norm weights are ready to multiply with.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    pub(crate) attention_norm: Vec<f32>,
+    pub(crate) query: Linear,
+    pub(crate) key: Linear,
+    pub(crate) value: Linear,
+    /// Of queries and of keys, `[head_dim]` each.
+    pub(crate) qk_norms: Option<(Vec<f32>, Vec<f32>)>,
+    pub(crate) output: Linear,
+    pub(crate) post_attention_norm: Option<Vec<f32>>,
+    pub(crate) mlp_norm: Vec<f32>,
+    pub(crate) gate: Linear,
+    pub(crate) up: Linear,
+    pub(crate) down: Linear,
+    pub(crate) post_mlp_norm: Option<Vec<f32>>,
+}
+
+/// A loaded model: configuration and weights, shared read-only by its executors.
+#[derive(Debug)]
+pub struct Model {
+    config: ModelConfig,
+    pub(crate) embedding: Matrix,
+    /// `None`: the embedding is the head.
+    pub(crate) head: Option<Matrix>,
+    pub(crate) final_norm: Vec<f32>,
+    pub(crate) layers: Vec<Layer>,
+}
+
+impl Model {
+    /// Loads a GGUF file or a Hugging Face directory. `progress` is called after each tensor.
+    ///
+    /// # Errors
+    /// The files are malformed, the model needs something that is not supported, or a tensor is
+    /// missing or has another shape than the configuration says.
+    pub fn load(
+        path: &Path,
+        options: LoadOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self, LoadError> {
+        let pool = ThreadPool::new(options.threads.max(1));
+        if path.is_dir() {
+            let hf = HfDir::open(path)?.config()?;
+            let file = path.join("config.json");
+            let family = family::of_hf(&hf, &file)?;
+            let config =
+                (family.from_hf)(&HfReader { config: &hf, path: &file })?.validate(&file)?;
+            let names = Names::Hf { post_norms: config.post_norms };
+            let source = Source::Dir(SafetensorsDir::open(path)?);
+            Loader::new(source, names, false, options.dtype, &pool, progress).model(config)
+        } else {
+            let gguf = Gguf::open(path)?;
+            let family = family::of_gguf(&gguf)?;
+            let reader = GgufReader { gguf: &gguf, arch: family.gguf_arch };
+            let config = (family.from_gguf)(&reader)?.validate(path)?;
+            let source = Source::Gguf(gguf);
+            let interleaved = family.gguf_interleaved;
+            Loader::new(source, Names::Gguf, interleaved, options.dtype, &pool, progress)
+                .model(config)
+        }
+    }
+
+    /// What the model is.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Bytes of all matrices in memory.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        let layers = self.layers.iter().flat_map(|l| {
+            [&l.query, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down].map(|l| &l.weight)
+        });
+        layers.chain([&self.embedding]).chain(&self.head).map(Matrix::bytes).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dtypes_have_names() {
+        for (dtype, name) in WeightDtype::ALL {
+            assert_eq!(dtype.to_string(), name);
+            assert_eq!(name.parse(), Ok(dtype));
+        }
+        assert!("int3".parse::<WeightDtype>().is_err());
+    }
+}

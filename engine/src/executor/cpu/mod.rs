@@ -1,1 +1,219 @@
-//! The CPU executor.
+//! The CPU executor: one forward pass for all rows of a batch, over paged keys and values.
+//!
+//! The new tokens of all rows are laid end to end and run in chunks, so scratch memory has a bound
+//! whatever the batch. Only positions with a probe meet the final norm and the head, a few rows of
+//! logits at a time.
+
+mod forward;
+mod probe;
+
+use std::sync::Arc;
+
+use headstart_kernels::{KvPool, KvShape, RopeAngles, ThreadPool};
+
+use super::{Executor, ExecutorError, Found, Limits, Row};
+use crate::model::Model;
+use forward::{Scratch, Span};
+
+/// How a [`CpuExecutor`] is set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuOptions {
+    /// Threads that compute, at least 1.
+    pub threads: usize,
+    /// Positions a KV page holds, a multiple of 16.
+    pub page_size: usize,
+    /// Positions that the KV pool holds for all sequences together.
+    pub kv_tokens: usize,
+    /// Tokens that go through the layers together; bounds scratch memory.
+    pub chunk_tokens: usize,
+}
+
+impl Default for CpuOptions {
+    fn default() -> Self {
+        Self {
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            page_size: 16,
+            kv_tokens: 16 * 1024,
+            chunk_tokens: 256,
+        }
+    }
+}
+
+/// Runs a model on CPU threads of its own. Several executors may share one model.
+#[derive(Debug)]
+pub struct CpuExecutor {
+    model: Arc<Model>,
+    pool: ThreadPool,
+    kv: KvPool,
+    angles: RopeAngles,
+    scratch: Scratch,
+    probes: probe::Scratch,
+    chunk_tokens: usize,
+    limits: Limits,
+}
+
+impl CpuExecutor {
+    /// An executor with an empty KV pool. Memory of KV pages is touched when they are first used.
+    ///
+    /// # Errors
+    /// The page size or the model's head size is one that the kernels cannot work with, or the pool
+    /// is beyond the address space.
+    pub fn new(model: Arc<Model>, options: CpuOptions) -> Result<Self, ExecutorError> {
+        let config = model.config();
+        let page_size = options.page_size.max(1);
+        let pages = options.kv_tokens.div_ceil(page_size).max(1);
+        let shape = KvShape {
+            layers: config.layers,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            page_size,
+            pages,
+        };
+        let kv = KvPool::new(shape)
+            .map_err(|e| ExecutorError { message: format!("KV pool: {e}"), fatal: true })?;
+        let limits = Limits {
+            vocab_size: config.vocab_size,
+            context_length: config.context_length.min(pages * page_size),
+            page_size,
+            pages,
+        };
+        let angles = RopeAngles::new(config.rope.inverse_frequencies(config.head_dim), 1.0);
+        Ok(Self {
+            pool: ThreadPool::new(options.threads.max(1)),
+            kv,
+            angles,
+            scratch: Scratch::default(),
+            probes: probe::Scratch::default(),
+            chunk_tokens: options.chunk_tokens.max(1),
+            limits,
+            model,
+        })
+    }
+
+    /// The model that it runs.
+    #[must_use]
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// Bytes of the KV pool.
+    #[must_use]
+    pub fn kv_bytes(&self) -> usize {
+        self.kv.shape().page_bytes() * self.kv.shape().pages
+    }
+
+    /// Refuses a batch that would reach outside the model or the pool.
+    fn check(&self, rows: &[Row<'_>]) -> Result<(), ExecutorError> {
+        let Limits { vocab_size, context_length, page_size, pages } = self.limits;
+        for (index, row) in rows.iter().enumerate() {
+            let refuse = |what: String| {
+                Err(ExecutorError { message: format!("row {index}: {what}"), fatal: false })
+            };
+            let len = row.context.len();
+            if row.start >= len {
+                return refuse(format!("no new tokens: start {} of {len}", row.start));
+            }
+            if len > context_length {
+                return refuse(format!("{len} tokens exceed the context length {context_length}"));
+            }
+            if row.pages.len() * page_size < len {
+                return refuse(format!("{} pages do not hold {len} tokens", row.pages.len()));
+            }
+            if let Some(page) = row.pages.iter().find(|page| page.0 as usize >= pages) {
+                return refuse(format!("page {} of {pages}", page.0));
+            }
+            let new = &row.context[row.start..];
+            if let Some(token) = new.iter().find(|token| **token as usize >= vocab_size) {
+                return refuse(format!("token {token} in a vocabulary of {vocab_size}"));
+            }
+            let mut next = row.start;
+            for probe in row.probes {
+                if probe.position < next || probe.position >= len {
+                    return refuse(format!("probe at {} outside {next}..{len}", probe.position));
+                }
+                next = probe.position + 1;
+                if let Some(target) = probe.target.filter(|t| *t as usize >= vocab_size) {
+                    return refuse(format!("target {target} in a vocabulary of {vocab_size}"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Cuts the rows' new tokens into chunks of at most `tokens`, each a list of spans.
+fn chunks(rows: &[Row<'_>], tokens: usize) -> Vec<Vec<Span>> {
+    let mut chunks = Vec::new();
+    let mut chunk = Vec::new();
+    let mut used = 0;
+    for (index, row) in rows.iter().enumerate() {
+        let mut start = row.start;
+        while start < row.context.len() {
+            let len = (row.context.len() - start).min(tokens - used);
+            chunk.push(Span { row: index, start, len, at: used });
+            start += len;
+            used += len;
+            if used == tokens {
+                chunks.push(std::mem::take(&mut chunk));
+                used = 0;
+            }
+        }
+    }
+    if !chunk.is_empty() {
+        chunks.push(chunk);
+    }
+    chunks
+}
+
+impl Executor for CpuExecutor {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
+        self.check(rows)?;
+        let mut found: Vec<Vec<Found>> =
+            rows.iter().map(|row| Vec::with_capacity(row.probes.len())).collect();
+        for spans in chunks(rows, self.chunk_tokens) {
+            self.forward(rows, &spans);
+            self.answer(rows, &spans, &mut found)?;
+        }
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::sampling::Sampling;
+
+    fn row<'a>(context: &'a [u32], start: usize, sampling: &'a Sampling) -> Row<'a> {
+        Row { context, start, pages: &[], answer_start: 0, probes: &[], sampling }
+    }
+
+    #[test]
+    fn chunks_cover_every_token_once() {
+        let sampling = Sampling::default();
+        let context = [0; 20];
+        let rows = [
+            row(&context[..7], 2, &sampling),
+            row(&context, 19, &sampling),
+            row(&context, 0, &sampling),
+        ];
+        for tokens in 1..30 {
+            let chunks = chunks(&rows, tokens);
+            let mut next = [2, 19, 0];
+            for chunk in &chunks {
+                let mut at = 0;
+                for span in chunk {
+                    assert_eq!((span.start, span.at), (next[span.row], at));
+                    next[span.row] += span.len;
+                    at += span.len;
+                }
+                assert!(at <= tokens);
+            }
+            assert_eq!(next, [7, 20, 20]);
+            assert_eq!(chunks.len(), 26usize.div_ceil(tokens));
+        }
+    }
+}

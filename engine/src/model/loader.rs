@@ -1,0 +1,244 @@
+//! Reads the tensors of a described model one by one into the kernels' layouts.
+
+use std::sync::{Mutex, PoisonError};
+
+use headstart_kernels::{DType, Matrix, ThreadPool, dequantise};
+
+use super::config::ModelConfig;
+use super::error::LoadError;
+use super::names::{Names, Slot};
+use super::source::{Record, Source};
+use super::{Layer, Linear, Model, Progress, WeightDtype};
+
+/// One model being read. Buffers are reused, so the peak is the weights and the largest tensor.
+pub(super) struct Loader<'a> {
+    source: Source,
+    names: Names,
+    /// Query and key rows are stored in interleaved rotary order.
+    interleaved: bool,
+    dtype: WeightDtype,
+    pool: &'a ThreadPool,
+    progress: &'a mut dyn FnMut(Progress),
+    bytes_loaded: u64,
+    bytes_total: u64,
+    bytes: Vec<u8>,
+    spare: Vec<u8>,
+    floats: Vec<f32>,
+}
+
+impl<'a> Loader<'a> {
+    pub(super) fn new(
+        source: Source,
+        names: Names,
+        interleaved: bool,
+        dtype: WeightDtype,
+        pool: &'a ThreadPool,
+        progress: &'a mut dyn FnMut(Progress),
+    ) -> Self {
+        let bytes_total = source.bytes();
+        Self {
+            source,
+            names,
+            interleaved,
+            dtype,
+            pool,
+            progress,
+            bytes_loaded: 0,
+            bytes_total,
+            bytes: Vec::new(),
+            spare: Vec::new(),
+            floats: Vec::new(),
+        }
+    }
+
+    /// Reads everything that `config` describes.
+    pub(super) fn model(mut self, config: ModelConfig) -> Result<Model, LoadError> {
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let embedding = self.matrix(self.names.embedding(), vocab, hidden, None)?;
+        let head = match config.tied_embeddings {
+            true => None,
+            false => Some(self.matrix(self.names.head(), vocab, hidden, None)?),
+        };
+        let layers =
+            (0..config.layers).map(|i| self.layer(&config, i)).collect::<Result<_, _>>()?;
+        let final_norm = self.norm(self.names.final_norm(), hidden, &config)?;
+        (self.progress)(Progress { bytes_loaded: self.bytes_total, bytes_total: self.bytes_total });
+        Ok(Model { config, embedding, head, final_norm, layers })
+    }
+
+    fn layer(&mut self, config: &ModelConfig, index: usize) -> Result<Layer, LoadError> {
+        let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
+        let (queries, kv) = (config.query_size(), config.kv_size());
+        let (qkv_bias, mlp_bias) = (config.qkv_bias, config.mlp_bias);
+        let rotary = self.interleaved.then_some(config.head_dim);
+        let mut linear = |slot, rows, cols, bias, rotary| {
+            let name = self.names.layer(index, slot, "weight");
+            let weight = self.matrix(&name, rows, cols, rotary)?;
+            let bias = match bias {
+                true => Some(self.vector(&self.names.layer(index, slot, "bias"), rows, rotary)?),
+                false => None,
+            };
+            Ok::<_, LoadError>(Linear { weight, bias })
+        };
+        let query = linear(Slot::Query, queries, hidden, qkv_bias, rotary)?;
+        let key = linear(Slot::Key, kv, hidden, qkv_bias, rotary)?;
+        let value = linear(Slot::Value, kv, hidden, qkv_bias, None)?;
+        let output = linear(Slot::Output, hidden, queries, config.output_bias, None)?;
+        let gate = linear(Slot::Gate, mlp, hidden, mlp_bias, None)?;
+        let up = linear(Slot::Up, mlp, hidden, mlp_bias, None)?;
+        let down = linear(Slot::Down, hidden, mlp, mlp_bias, None)?;
+        let mut norm = |slot, len| self.norm(&self.names.layer(index, slot, "weight"), len, config);
+        Ok(Layer {
+            attention_norm: norm(Slot::AttentionNorm, hidden)?,
+            mlp_norm: norm(Slot::MlpNorm, hidden)?,
+            qk_norms: match config.qk_norm {
+                true => {
+                    let dim = config.head_dim;
+                    Some((norm(Slot::QueryNorm, dim)?, norm(Slot::KeyNorm, dim)?))
+                }
+                false => None,
+            },
+            post_attention_norm: match config.post_norms {
+                true => Some(norm(Slot::PostAttentionNorm, hidden)?),
+                false => None,
+            },
+            post_mlp_norm: match config.post_norms {
+                true => Some(norm(Slot::PostMlpNorm, hidden)?),
+                false => None,
+            },
+            query,
+            key,
+            value,
+            output,
+            gate,
+            up,
+            down,
+        })
+    }
+
+    /// Reads a tensor's bytes and reports progress.
+    fn read(&mut self, name: &str, shape: &[usize]) -> Result<DType, LoadError> {
+        let Record { dtype, rows } = self.source.record(name, shape)?;
+        self.source.read_rows(name, 0..rows, &mut self.bytes)?;
+        self.bytes_loaded += self.bytes.len() as u64;
+        let (bytes_loaded, bytes_total) = (self.bytes_loaded, self.bytes_total);
+        (self.progress)(Progress { bytes_loaded, bytes_total });
+        Ok(dtype)
+    }
+
+    /// A `[rows][cols]` matrix, kept as `self.dtype` says. `rotary` is the head size of rows to be
+    /// put back in rotate-half order.
+    fn matrix(
+        &mut self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        rotary: Option<usize>,
+    ) -> Result<Matrix, LoadError> {
+        let dtype = self.read(name, &[rows, cols])?;
+        if let Some(head_dim) = rotary {
+            half_split(&self.bytes, rows, head_dim, &mut self.spare);
+            std::mem::swap(&mut self.bytes, &mut self.spare);
+        }
+        let storage = match self.dtype {
+            WeightDtype::Auto => dtype,
+            WeightDtype::F32 => DType::F32,
+            WeightDtype::Bf16 => DType::BF16,
+        };
+        if storage == dtype {
+            return Matrix::from_bytes_with(self.pool, dtype, &self.bytes, rows, cols)
+                .map_err(|e| self.refused(name, &e));
+        }
+        self.expand(name, dtype, rows, cols)?;
+        Ok(Matrix::from_f32(self.pool, &self.floats, rows, cols, storage))
+    }
+
+    fn vector(
+        &mut self,
+        name: &str,
+        len: usize,
+        rotary: Option<usize>,
+    ) -> Result<Vec<f32>, LoadError> {
+        let dtype = self.read(name, &[len])?;
+        self.expand(name, dtype, 1, len)?;
+        let Some(head_dim) = rotary else { return Ok(self.floats.clone()) };
+        let half = head_dim / 2;
+        Ok((0..len).map(|to| self.floats[interleaved_index(to, half)]).collect())
+    }
+
+    fn norm(
+        &mut self,
+        name: &str,
+        len: usize,
+        config: &ModelConfig,
+    ) -> Result<Vec<f32>, LoadError> {
+        let mut weight = self.vector(name, len, None)?;
+        if config.norm_offset {
+            weight.iter_mut().for_each(|w| *w += 1.0);
+        }
+        Ok(weight)
+    }
+
+    /// Expands `self.bytes`, `rows` equal parts of it, into `self.floats`.
+    fn expand(
+        &mut self,
+        name: &str,
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+    ) -> Result<(), LoadError> {
+        self.floats.resize(rows * cols, 0.0);
+        let (bytes, row_bytes) = (&self.bytes, self.bytes.len() / rows);
+        let step = rows.div_ceil(4 * self.pool.threads());
+        let failure = Mutex::new(None);
+        self.pool.run_chunks(&mut self.floats, step * cols, &|i, floats| {
+            let part = &bytes[i * step * row_bytes..][..floats.len() / cols * row_bytes];
+            if let Err(error) = dequantise(dtype, part, floats) {
+                *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            }
+        });
+        let failure = failure.into_inner().unwrap_or_else(PoisonError::into_inner);
+        failure.map_or(Ok(()), |error| Err(self.refused(name, &error)))
+    }
+
+    fn refused(&self, name: &str, error: &headstart_kernels::KernelError) -> LoadError {
+        LoadError::tensor(
+            self.source.path(),
+            name,
+            "data that a kernel can read",
+            error.to_string(),
+        )
+    }
+}
+
+/// Where row `to` of a rotate-half head lies in interleaved order: pair `i` is `(2i, 2i + 1)` there
+/// and `(i, i + half)` here.
+fn interleaved_index(to: usize, half: usize) -> usize {
+    let (head, within) = (to / (2 * half), to % (2 * half));
+    head * 2 * half + 2 * (within % half) + within / half
+}
+
+/// Reorders whole rows; their bytes stay as they are, quantised or not.
+fn half_split(bytes: &[u8], rows: usize, head_dim: usize, out: &mut Vec<u8>) {
+    let row_bytes = bytes.len() / rows;
+    out.clear();
+    for to in 0..rows {
+        let from = interleaved_index(to, head_dim / 2);
+        out.extend_from_slice(&bytes[from * row_bytes..][..row_bytes]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interleaved_rows_come_back_in_order() {
+        // Two heads of six; a row is two bytes with its rotate-half index.
+        let stored = [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11];
+        let bytes: Vec<u8> = stored.iter().flat_map(|i| [*i, 100]).collect();
+        let mut out = Vec::new();
+        half_split(&bytes, 12, 6, &mut out);
+        assert_eq!(out, (0..12).flat_map(|i| [i, 100]).collect::<Vec<u8>>());
+    }
+}

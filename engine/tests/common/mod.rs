@@ -1,0 +1,123 @@
+//! A model on the CPU executor, driven by hand.
+
+#![allow(dead_code, unreachable_pub)] // each test file uses its own part
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use headstart_engine::core::pages::PageId;
+use headstart_engine::executor::cpu::{CpuExecutor, CpuOptions};
+use headstart_engine::executor::{Executor, Found, Probe, Row};
+use headstart_engine::model::{LoadOptions, Model, WeightDtype};
+use headstart_engine::{Sampling, TokenId};
+
+/// Where the committed models are.
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
+}
+
+pub fn load(path: &Path, dtype: WeightDtype) -> Arc<Model> {
+    let options = LoadOptions { dtype, threads: 2 };
+    let (mut last, mut total) = (0, 0);
+    let model = Model::load(path, options, &mut |progress| {
+        assert!(progress.bytes_loaded >= last && progress.bytes_loaded <= progress.bytes_total);
+        (last, total) = (progress.bytes_loaded, progress.bytes_total);
+    });
+    let model = model.unwrap_or_else(|e| panic!("{e}"));
+    assert!(total > 0 && last == total);
+    Arc::new(model)
+}
+
+/// Positions of all sequences of a test; their pages are not given back.
+const KV_TOKENS: usize = 16 * 1024;
+
+/// One sequence in the making.
+pub struct Sequence {
+    pub tokens: Vec<TokenId>,
+    pub answer_start: usize,
+    pub sampling: Sampling,
+    pages: Vec<PageId>,
+    done: usize,
+}
+
+/// An executor and its pages.
+pub struct Runner {
+    pub executor: CpuExecutor,
+    pages_used: usize,
+}
+
+impl Runner {
+    pub fn new(model: &Arc<Model>, threads: usize, chunk_tokens: usize) -> Self {
+        let options = CpuOptions { threads, page_size: 16, kv_tokens: KV_TOKENS, chunk_tokens };
+        let executor = CpuExecutor::new(model.clone(), options).expect("options are right");
+        Self { executor, pages_used: 0 }
+    }
+
+    pub fn sequence(&self, prompt: &[TokenId], sampling: &Sampling) -> Sequence {
+        Sequence {
+            tokens: prompt.to_vec(),
+            answer_start: prompt.len(),
+            sampling: sampling.clone(),
+            pages: Vec::new(),
+            done: 0,
+        }
+    }
+
+    /// Extends every sequence by all the tokens it has gained since.
+    pub fn extend(&mut self, batch: &mut [(&mut Sequence, Vec<Probe>)]) -> Vec<Vec<Found>> {
+        let limits = self.executor.limits();
+        for (sequence, _) in batch.iter_mut() {
+            while sequence.pages.len() * limits.page_size < sequence.tokens.len() {
+                assert!(self.pages_used < limits.pages);
+                // Neighbouring positions are in pages that are far apart.
+                sequence.pages.push(PageId((self.pages_used * 7 % limits.pages) as u32));
+                self.pages_used += 1;
+            }
+        }
+        let rows: Vec<Row<'_>> = batch
+            .iter()
+            .map(|(s, probes)| Row {
+                context: &s.tokens,
+                start: s.done,
+                pages: &s.pages,
+                answer_start: s.answer_start,
+                probes,
+                sampling: &s.sampling,
+            })
+            .collect();
+        let found = self.executor.execute(&rows).expect("the batch is right");
+        for (sequence, _) in batch {
+            sequence.done = sequence.tokens.len();
+        }
+        found
+    }
+
+    /// Writes `count` tokens after each sequence, all of them in one batch.
+    /// Returns what was found for each token of each sequence.
+    pub fn generate(&mut self, sequences: &mut [Sequence], count: usize) -> Vec<Vec<Found>> {
+        let mut all = vec![Vec::new(); sequences.len()];
+        for _ in 0..count {
+            let mut batch: Vec<_> = sequences
+                .iter_mut()
+                .map(|s| {
+                    let probe = sample_at(s.tokens.len() - 1);
+                    (s, vec![probe])
+                })
+                .collect();
+            let found = self.extend(&mut batch);
+            for ((sequence, found), all) in sequences.iter_mut().zip(found).zip(&mut all) {
+                sequence.tokens.push(found[0].sampled.expect("a sample was asked for").token);
+                all.extend(found);
+            }
+        }
+        all
+    }
+}
+
+pub fn sample_at(position: usize) -> Probe {
+    Probe { position, target: None, sample: true, top: 0 }
+}
+
+pub fn target_at(position: usize, target: TokenId) -> Probe {
+    Probe { position, target: Some(target), sample: false, top: 0 }
+}

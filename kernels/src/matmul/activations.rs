@@ -1,0 +1,198 @@
+//! Activations prepared for integer products.
+//!
+//! Each block of 256 inputs is rounded to 15 bits, `x ≈ d · (128·hi + lo)` with `d = max|x| / 16256`,
+//! `hi` in -127..=127 and `lo` in -64..=63: two signed bytes. Against the 8 bits a block of 32 that
+//! are usual, the rounding error is about a hundredth. Integer sums over both levels are exact.
+
+use super::buffer::Buffer;
+use crate::ThreadPool;
+use crate::math::dispatch;
+use crate::pool::SendPtr;
+
+/// Rows that are stored together: the rows of an AMX tile.
+pub(super) const TILE: usize = 16;
+/// The largest magnitude of a rounded input: 127 · 128.
+const LIMIT: f32 = 16_256.0;
+/// A block below this is zero; its reciprocal would overflow.
+const TINY: f32 = 1e-34;
+
+/// `m` rows of rounded inputs.
+pub(super) struct Activations {
+    pub(super) m: usize,
+    pub(super) cols: usize,
+    /// `[tile of 16 rows][group of 32][row]{ 32 hi, 32 lo }`; the last tile has fewer rows.
+    levels: Buffer,
+    /// Sum of the rounded inputs of each 16: `[row][cols / 16]`.
+    pub(super) sums16: Vec<i32>,
+    /// Sum of the rounded inputs of each 32: `[row][cols / 32]`.
+    pub(super) sums32: Vec<i32>,
+    /// The same as floats (exact).
+    pub(super) sums: Vec<f32>,
+    /// What a rounded input stands for: `[row][blocks of 256]`.
+    pub(super) scale: Vec<f32>,
+}
+
+impl Default for Activations {
+    fn default() -> Self {
+        Activations {
+            m: 0,
+            cols: 0,
+            levels: Buffer::new(0),
+            sums16: Vec::new(),
+            sums32: Vec::new(),
+            sums: Vec::new(),
+            scale: Vec::new(),
+        }
+    }
+}
+
+impl Activations {
+    /// Rounds `x` (`[m][cols]`, `cols` a multiple of 32).
+    pub(super) fn prepare(&mut self, pool: &ThreadPool, x: &[f32], m: usize, cols: usize) {
+        (self.m, self.cols) = (m, cols);
+        let (groups, blocks) = (cols / 32, cols.div_ceil(256));
+        self.levels.reserve(m * cols * 2);
+        self.sums16.resize(m * groups * 2, 0);
+        self.sums32.resize(m * groups, 0);
+        self.sums.resize(m * groups, 0.0);
+        self.scale.resize(m * blocks, 0.0);
+        let rows = (16 * 1024 / cols.max(1)).max(1);
+        let sums16 = SendPtr(self.sums16.as_mut_ptr());
+        let sums32 = SendPtr(self.sums32.as_mut_ptr());
+        let sums = SendPtr(self.sums.as_mut_ptr());
+        let levels = SendPtr(self.levels.as_mut_ptr());
+        pool.run_chunks(&mut self.scale, rows * blocks.max(1), &|i, scale| {
+            for (j, scale) in scale.chunks_exact_mut(blocks).enumerate() {
+                let row = i * rows + j;
+                let (tile, lane) = (row / TILE, row % TILE);
+                let stride = (m - tile * TILE).min(TILE);
+                // SAFETY: every offset is inside the buffers sized above and belongs to this row,
+                // which only this task handles.
+                let out = unsafe {
+                    Row {
+                        scale,
+                        sums16: std::slice::from_raw_parts_mut(
+                            sums16.at(row * groups * 2),
+                            groups * 2,
+                        ),
+                        sums32: std::slice::from_raw_parts_mut(sums32.at(row * groups), groups),
+                        sums: std::slice::from_raw_parts_mut(sums.at(row * groups), groups),
+                        levels: SendPtr(levels.at((tile * TILE * groups + lane) * 64)),
+                        stride: stride * 64,
+                    }
+                };
+                round_row(&x[row * cols..][..cols], out);
+            }
+        });
+    }
+
+    /// Where the levels of tile `tile` begin, and the bytes between its groups. The rows of a group
+    /// follow each other, 64 bytes each.
+    pub(super) fn tile(&self, tile: usize) -> (*const u8, usize) {
+        let at = tile * TILE * (self.cols / 32) * 64;
+        let rows = (self.m - tile * TILE).min(TILE);
+        (self.levels.bytes()[at..].as_ptr(), rows * 64)
+    }
+
+    /// The levels of a row's group of 32, high then low.
+    pub(super) fn group(&self, row: usize, group: usize) -> &[u8] {
+        let tile = row / TILE;
+        let rows = (self.m - tile * TILE).min(TILE);
+        let at = tile * TILE * (self.cols / 32) * 64 + group * rows * 64 + row % TILE * 64;
+        &self.levels.bytes()[at..at + 64]
+    }
+}
+
+struct Row<'a> {
+    scale: &'a mut [f32],
+    sums16: &'a mut [i32],
+    sums32: &'a mut [i32],
+    sums: &'a mut [f32],
+    levels: SendPtr<u8>,
+    /// Bytes between the groups of `levels`.
+    stride: usize,
+}
+
+#[inline(always)]
+fn round_body<const FMA: bool>(x: &[f32], out: Row<'_>) {
+    // Adding this rounds to the nearest integer (ties to even) and leaves it in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    for (b, x) in x.chunks(256).enumerate() {
+        let (groups, _) = x.as_chunks::<32>();
+        let mut top = [0u32; 32];
+        for g in groups {
+            for (t, v) in top.iter_mut().zip(g) {
+                // Magnitudes order like their bits, NaN and infinity last.
+                *t = (*t).max(v.to_bits() & 0x7fff_ffff);
+            }
+        }
+        let max = f32::from_bits(top.iter().fold(0, |a, t| a.max(*t)));
+        let usable = max.is_finite() && max >= TINY;
+        let inverse = if usable { LIMIT / max } else { 0.0 };
+        out.scale[b] = match (usable, max.is_finite()) {
+            (true, _) => max / LIMIT,
+            (false, true) => 0.0,
+            // What is not finite spoils the whole row, as it would in floats.
+            (false, false) => f32::NAN,
+        };
+        for (j, g) in groups.iter().enumerate() {
+            let at = b * 8 + j;
+            let mut q = [0i32; 32];
+            for (q, v) in q.iter_mut().zip(g) {
+                let v = if usable { *v } else { 0.0 };
+                *q = ((v * inverse + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+            }
+            let mut levels = [0u8; 64];
+            for i in 0..32 {
+                let high = (q[i] + 64) >> 7;
+                levels[i] = high as u8;
+                levels[32 + i] = (q[i] - (high << 7)) as u8;
+            }
+            // SAFETY: the group is inside the row's levels, which only this call writes.
+            unsafe { out.levels.at(at * out.stride).cast::<[u8; 64]>().write(levels) };
+            let low: i32 = q[..16].iter().sum();
+            let high: i32 = q[16..].iter().sum();
+            (out.sums16[2 * at], out.sums16[2 * at + 1]) = (low, high);
+            out.sums32[at] = low + high;
+            out.sums[at] = (low + high) as f32;
+        }
+    }
+}
+dispatch! { fn round_row(x: &[f32], out: Row<'_>) => round_body }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Rng;
+
+    #[test]
+    fn rounds_to_fifteen_bits() {
+        let mut rng = Rng::new(21);
+        let pool = ThreadPool::new(2);
+        let mut a = Activations::default();
+        for (m, cols) in [(1, 32), (3, 256), (17, 576), (40, 288)] {
+            let mut x = rng.floats(m * cols, 3.0);
+            x[0] = -1000.0;
+            a.prepare(&pool, &x, m, cols);
+            for row in 0..m {
+                for g in 0..cols / 32 {
+                    let scale = a.scale[row * cols.div_ceil(256) + g / 8];
+                    let levels = a.group(row, g);
+                    let mut sum = [0; 2];
+                    for i in 0..32 {
+                        let (hi, lo) = (levels[i] as i8, levels[32 + i] as i8);
+                        assert!(hi > -128 && (-64..64).contains(&lo));
+                        let q = i32::from(hi) * 128 + i32::from(lo);
+                        sum[i / 16] += q;
+                        let v = x[row * cols + g * 32 + i];
+                        assert!((q as f32 * scale - v).abs() <= scale * 0.502, "{v} {q} {scale}");
+                    }
+                    let at = row * (cols / 32) + g;
+                    assert_eq!(sum, [a.sums16[2 * at], a.sums16[2 * at + 1]]);
+                    assert_eq!(a.sums32[at], sum[0] + sum[1]);
+                    assert_eq!(a.sums[at], (sum[0] + sum[1]) as f32);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Integer products: the definition, in plain Rust.
+//!
+//! With `isum` the exact integer sum of a group's weights and rounded activations and `xsum` the sum
+//! of the rounded activations alone, an output value is, block of 256 by block, group by group:
+//! ```text
+//! a = 0; b = 0
+//! for each group:  a = fma(scale, isum, a);  b = fma(min, xsum, b)
+//! t = a | a + b (Q4_1) | fma(-dmin, b, d·a) (Q4_K) | d·a (Q6_K)
+//! y = fma(t, activation scale, y)
+//! ```
+//! The vector kernels do just this, so all of them give the same bits.
+
+use super::activations::Activations;
+use super::packed::{Geometry, Kind, QuantTiles, group_values, row_scales};
+use super::{Out, PANEL};
+use crate::math::fma;
+
+/// Multiplies panels `panels` of `w` with rows `rows` of `x`.
+///
+/// # Safety
+/// `out` has the rows of `x` and the columns of `w`; nobody else writes these panels' columns.
+pub(super) unsafe fn portable(
+    w: &QuantTiles,
+    x: &Activations,
+    panels: std::ops::Range<usize>,
+    rows: std::ops::Range<usize>,
+    out: Out,
+) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        /// # Safety
+        /// As [`portable`], with AVX2 and FMA.
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn avx2(w: &QuantTiles, x: &Activations, panel: usize, rows: std::ops::Range<usize>, out: Out) {
+            // SAFETY: the caller's promises.
+            unsafe { multiply::<true>(w, x, panel, rows, out) }
+        }
+        if crate::cpu::Cpu::get().isa >= crate::cpu::Isa::Avx2 {
+            for panel in panels {
+                // SAFETY: the caller's promises; the processor has AVX2.
+                unsafe { avx2(w, x, panel, rows.clone(), out) };
+            }
+            return;
+        }
+    }
+    for panel in panels {
+        // SAFETY: the caller's promises.
+        unsafe { multiply::<false>(w, x, panel, rows.clone(), out) };
+    }
+}
+
+/// Weights of one block of a panel, expanded.
+struct Block {
+    /// `[group][input][lane]`
+    q: [[[i16; PANEL]; 32]; 16],
+    s: [[f32; PANEL]; 16],
+    m: [[f32; PANEL]; 8],
+    d: [f32; PANEL],
+    dmin: [f32; PANEL],
+}
+
+fn expand(g: &Geometry, panel: &[u8], b: usize, out: &mut Block) {
+    for j in 0..g.groups(b) {
+        for (lane, q) in group_values(g, panel, b, j).iter().enumerate() {
+            for (i, q) in q.iter().enumerate() {
+                out.q[j][i][lane] = i16::from(*q);
+            }
+        }
+    }
+    for lane in 0..PANEL {
+        let scales = row_scales(g, panel, b, lane);
+        for j in 0..16 {
+            out.s[j][lane] = scales.s[j];
+        }
+        for j in 0..8 {
+            out.m[j][lane] = scales.m[j];
+        }
+        (out.d[lane], out.dmin[lane]) = (scales.d, scales.dmin);
+    }
+}
+
+/// # Safety
+/// As [`portable`].
+#[inline(always)]
+unsafe fn multiply<const FMA: bool>(
+    w: &QuantTiles,
+    x: &Activations,
+    panel: usize,
+    rows: std::ops::Range<usize>,
+    out: Out,
+) {
+    let g = &w.geometry;
+    let mut block = Box::new(Block {
+        q: [[[0; PANEL]; 32]; 16],
+        s: [[0.0; PANEL]; 16],
+        m: [[0.0; PANEL]; 8],
+        d: [0.0; PANEL],
+        dmin: [0.0; PANEL],
+    });
+    let mut sums = vec![[0f32; PANEL]; rows.len()];
+    for b in 0..g.blocks {
+        expand(g, w.panel(panel), b, &mut block);
+        for (r, y) in rows.clone().zip(&mut sums) {
+            block_row::<FMA>(g, &block, x, r, b, y);
+        }
+    }
+    let lanes = PANEL.min(w.rows() - panel * PANEL);
+    for (r, y) in rows.zip(&sums) {
+        // SAFETY: the row and the panel's columns are in the output and this task's alone.
+        unsafe {
+            std::ptr::copy_nonoverlapping(y.as_ptr(), out.at(r, panel * PANEL), lanes);
+        }
+    }
+}
+
+#[inline(always)]
+fn block_row<const FMA: bool>(
+    g: &Geometry,
+    block: &Block,
+    x: &Activations,
+    row: usize,
+    b: usize,
+    y: &mut [f32; PANEL],
+) {
+    let (mut a, mut mins) = ([0f32; PANEL], [0f32; PANEL]);
+    let size = g.kind.group();
+    for j in 0..g.groups(b) {
+        let levels = x.group(row, (b * 256 + j * size) / 32);
+        let from = j * size % 32;
+        let mut isum = [0i32; PANEL];
+        for i in 0..size {
+            let (hi, lo) = (levels[from + i] as i8, levels[32 + from + i] as i8);
+            let v = i32::from(hi) * 128 + i32::from(lo);
+            for (s, q) in isum.iter_mut().zip(&block.q[j][i]) {
+                *s += i32::from(*q) * v;
+            }
+        }
+        for lane in 0..PANEL {
+            a[lane] = fma::<FMA>(block.s[j][lane], isum[lane] as f32, a[lane]);
+        }
+        if g.kind.has_mins() {
+            let xsum = x.sums[row * (x.cols / 32) + b * 8 + j];
+            for lane in 0..PANEL {
+                mins[lane] = fma::<FMA>(block.m[j][lane], xsum, mins[lane]);
+            }
+        }
+    }
+    let scale = x.scale[row * g.blocks + b];
+    for lane in 0..PANEL {
+        let t = match g.kind {
+            Kind::Q8_0 | Kind::Q4_0 => a[lane],
+            Kind::Q4_1 => a[lane] + mins[lane],
+            Kind::Q4K => fma::<FMA>(-block.dmin[lane], mins[lane], block.d[lane] * a[lane]),
+            Kind::Q6K => block.d[lane] * a[lane],
+        };
+        y[lane] = fma::<FMA>(t, scale, y[lane]);
+    }
+}

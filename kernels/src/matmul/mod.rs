@@ -1,0 +1,193 @@
+//! Matrix products `y[m][n] = x[m][k] · W[n][k]ᵀ`.
+//!
+//! Weights are cut into panels of [`PANEL`] output columns (rows of `W`), one a lane, so a product
+//! needs no sums across lanes, and each panel is one contiguous stream.
+
+mod buffer;
+mod float;
+mod float_kernels;
+
+use crate::cpu::{Cpu, Isa};
+use crate::pool::SendPtr;
+use crate::{DType, KernelError, ThreadPool};
+use float::FloatTiles;
+
+/// Output columns of a panel: the lanes of a 512-bit vector.
+pub(crate) const PANEL: usize = 16;
+
+/// A weight matrix `[rows][cols]`, repacked for products; see [`Matrix::matmul`].
+pub struct Matrix {
+    rows: usize,
+    cols: usize,
+    store: Store,
+}
+
+enum Store {
+    Float(FloatTiles),
+}
+
+/// Where results go: `[m][stride]`, shared by tasks that write different columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Out {
+    ptr: SendPtr<f32>,
+    stride: usize,
+}
+
+impl Out {
+    /// # Safety
+    /// `row * stride + column` lies within the output.
+    pub(crate) unsafe fn at(&self, row: usize, column: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.ptr.at(row * self.stride + column) }
+    }
+}
+
+impl Matrix {
+    /// Stores `data` (`[rows][cols]`) as `storage`.
+    ///
+    /// # Panics
+    /// If `data` has another length, or `storage` is neither `F32` nor `BF16`.
+    pub fn from_f32(
+        pool: &ThreadPool,
+        data: &[f32],
+        rows: usize,
+        cols: usize,
+        storage: DType,
+    ) -> Self {
+        assert_eq!(data.len(), rows * cols, "from_f32: data of {rows} x {cols}");
+        assert!(matches!(storage, DType::F32 | DType::BF16), "from_f32: storage {storage}");
+        let row = |r: usize, out: &mut [f32]| out.copy_from_slice(&data[r * cols..][..cols]);
+        let store = Store::Float(FloatTiles::pack(pool, storage, rows, cols, &row));
+        Matrix { rows, cols, store }
+    }
+
+    /// Repacks `bytes` of type `dtype`, `[rows][cols]` in file order. The type is kept.
+    ///
+    /// # Errors
+    /// [`KernelError`] if a row is no whole number of blocks or `bytes` has another length.
+    pub fn from_bytes(
+        dtype: DType,
+        bytes: &[u8],
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, KernelError> {
+        Self::from_bytes_with(&ThreadPool::new(1), dtype, bytes, rows, cols)
+    }
+
+    /// [`Matrix::from_bytes`], spread over a pool.
+    ///
+    /// # Errors
+    /// As [`Matrix::from_bytes`].
+    pub fn from_bytes_with(
+        pool: &ThreadPool,
+        dtype: DType,
+        bytes: &[u8],
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, KernelError> {
+        let row_bytes = dtype.bytes_for(cols)?;
+        let expected = rows
+            .checked_mul(row_bytes)
+            .ok_or(KernelError::Partial { dtype, elements: usize::MAX })?;
+        if bytes.len() != expected {
+            let found = bytes.len();
+            return Err(KernelError::Length { what: "bytes of the matrix", expected, found });
+        }
+        let store = Store::Float(FloatTiles::from_bytes(pool, dtype, bytes, rows, cols));
+        Ok(Matrix { rows, cols, store })
+    }
+
+    /// Output columns.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input elements.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The type of the stored elements.
+    pub fn dtype(&self) -> DType {
+        match &self.store {
+            Store::Float(t) => t.dtype(),
+        }
+    }
+
+    /// Bytes held, padding included.
+    pub fn bytes(&self) -> usize {
+        match &self.store {
+            Store::Float(t) => t.bytes(),
+        }
+    }
+
+    /// Expands row `row` into `out` (`[cols]`), exactly.
+    ///
+    /// # Panics
+    /// If `row` is out of range or `out` has another length.
+    pub fn row_f32(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        assert_eq!(out.len(), self.cols, "row_f32: output length");
+        match &self.store {
+            Store::Float(t) => t.row_f32(row, out),
+        }
+    }
+
+    /// `y[m][rows] = x[m][cols] · Wᵀ`.
+    ///
+    /// # Panics
+    /// If `x` or `y` has another length.
+    pub fn matmul(&self, pool: &ThreadPool, x: &[f32], m: usize, y: &mut [f32]) {
+        matmul_group(pool, x, m, &mut [(self, y)]);
+    }
+}
+
+impl std::fmt::Debug for Matrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Matrix({} x {}, {})", self.rows, self.cols, self.dtype())
+    }
+}
+
+/// Several products over one input (query, key and value; gate and up), in one go: the input is
+/// prepared once and the threads are started once. Same bits as [`Matrix::matmul`] one by one.
+///
+/// # Panics
+/// If an output has another length than `m * rows`, or `x` than `m * cols` of any matrix.
+pub fn matmul_group(
+    pool: &ThreadPool,
+    x: &[f32],
+    m: usize,
+    products: &mut [(&Matrix, &mut [f32])],
+) {
+    run_group(Cpu::get().isa, pool, x, m, products);
+}
+
+/// [`matmul_group`] on a given instruction set, at most the processor's.
+fn run_group(
+    isa: Isa,
+    pool: &ThreadPool,
+    x: &[f32],
+    m: usize,
+    products: &mut [(&Matrix, &mut [f32])],
+) {
+    for (w, y) in products.iter() {
+        assert_eq!(x.len(), m * w.cols, "matmul: input of {m} rows for {w:?}");
+        assert_eq!(y.len(), m * w.rows, "matmul: output of {m} rows for {w:?}");
+    }
+    if m == 0 {
+        return;
+    }
+    for (w, y) in products.iter_mut() {
+        let out = Out { ptr: SendPtr(y.as_mut_ptr()), stride: w.rows };
+        match &w.store {
+            Store::Float(t) => {
+                let tasks = t.units();
+                // SAFETY: `x` and `y` have the lengths checked above; tasks write their own columns.
+                pool.run(tasks, &|i| unsafe { t.multiply(isa, i, x, m, out) });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

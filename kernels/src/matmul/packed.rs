@@ -1,0 +1,332 @@
+//! The tiled layout of quantised weights.
+//!
+//! A panel holds 16 rows of `W`, row `n` in lane `n` of every 64-byte vector; a lane's four bytes
+//! are four neighbouring inputs. That is at once the operand of VNNI's `vpdpbusd` (against four
+//! broadcast activations) and a row of an AMX B tile. Sizes are those of the file, up to padding.
+//!
+//! | type | layout of a panel |
+//! |---|---|
+//! | Q8_0 | groups of 32: 8 vectors of bytes, each plus 128; then 16 f16 scales a group |
+//! | Q4_0, Q4_1 | groups of 32: 4 vectors of nibbles; then 16 f16 scales (and 16 minima) a group |
+//! | Q4_K | a block of 256: 16 d, 16 dmin, 12 scale bytes a lane as 3 vectors, 8 × 4 vectors of nibbles |
+//! | Q6_K | a block of 256: 16 scale bytes a lane as 4 vectors, 16 × (2 vectors of low nibbles, 1 of high bit pairs); then 16 d a block |
+//!
+//! A vector of nibbles holds inputs `8j..8j+4` low and `8j+4..8j+8` high; a vector of bit pairs holds
+//! inputs `4i..4i+4` at bits `2i`.
+
+use super::PANEL;
+use super::buffer::Buffer;
+use crate::quant::{f16_at, q6_at, scale_min};
+use crate::{DType, ThreadPool};
+
+/// The types that have integer kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Q8_0,
+    Q4_0,
+    Q4_1,
+    Q4K,
+    Q6K,
+}
+
+impl Kind {
+    pub(super) fn of(dtype: DType) -> Option<Kind> {
+        match dtype {
+            DType::Q8_0 => Some(Kind::Q8_0),
+            DType::Q4_0 => Some(Kind::Q4_0),
+            DType::Q4_1 => Some(Kind::Q4_1),
+            DType::Q4_K => Some(Kind::Q4K),
+            DType::Q6_K => Some(Kind::Q6K),
+            _ => None,
+        }
+    }
+
+    fn dtype(self) -> DType {
+        match self {
+            Kind::Q8_0 => DType::Q8_0,
+            Kind::Q4_0 => DType::Q4_0,
+            Kind::Q4_1 => DType::Q4_1,
+            Kind::Q4K => DType::Q4_K,
+            Kind::Q6K => DType::Q6_K,
+        }
+    }
+
+    /// Inputs that share a scale.
+    pub(super) fn group(self) -> usize {
+        if self == Kind::Q6K { 16 } else { 32 }
+    }
+
+    /// What is subtracted from a stored value.
+    pub(super) fn offset(self) -> i32 {
+        match self {
+            Kind::Q8_0 => 128,
+            Kind::Q4_0 => 8,
+            Kind::Q4_1 | Kind::Q4K => 0,
+            Kind::Q6K => 32,
+        }
+    }
+
+    pub(super) fn has_mins(self) -> bool {
+        matches!(self, Kind::Q4_1 | Kind::Q4K)
+    }
+}
+
+/// Bytes of a Q4_K block of a panel.
+pub(super) const Q4K_BLOCK: usize = 2304;
+/// Bytes of a Q6_K block of a panel, without its d.
+pub(super) const Q6K_BLOCK: usize = 3328;
+
+/// Where things are in a panel.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Geometry {
+    pub(super) kind: Kind,
+    pub(super) cols: usize,
+    /// Blocks of 256 inputs, the last one perhaps shorter.
+    pub(super) blocks: usize,
+    /// Bytes of a panel.
+    pub(super) panel_bytes: usize,
+    /// Where the separate scales begin.
+    pub(super) scales_at: usize,
+}
+
+impl Geometry {
+    pub(super) fn new(kind: Kind, cols: usize) -> Self {
+        let (groups, blocks) = (cols / 32, cols.div_ceil(256));
+        let (quants, scales) = match kind {
+            Kind::Q8_0 => (groups * 512, groups * 32),
+            Kind::Q4_0 => (groups * 256, groups * 32),
+            Kind::Q4_1 => (groups * 256, groups * 64),
+            Kind::Q4K => (blocks * Q4K_BLOCK, 0),
+            Kind::Q6K => (blocks * Q6K_BLOCK, blocks * 32),
+        };
+        let panel_bytes = (quants + scales).next_multiple_of(64);
+        Geometry { kind, cols, blocks, panel_bytes, scales_at: quants }
+    }
+
+    /// Groups of block `block`.
+    pub(super) fn groups(&self, block: usize) -> usize {
+        (self.cols - block * 256).min(256) / self.kind.group()
+    }
+
+    /// Where group `group` of block `block` has its quants.
+    pub(super) fn quants_at(&self, block: usize, group: usize) -> usize {
+        match self.kind {
+            Kind::Q8_0 => (block * 8 + group) * 512,
+            Kind::Q4_0 | Kind::Q4_1 => (block * 8 + group) * 256,
+            Kind::Q4K => block * Q4K_BLOCK + 256 + group * 256,
+            Kind::Q6K => block * Q6K_BLOCK + 256 + group * 192,
+        }
+    }
+}
+
+/// Scales of one row in one block of 256, as they are stored.
+pub(super) struct RowScales {
+    /// Scale of each group.
+    pub(super) s: [f32; 16],
+    /// Minimum of each group.
+    pub(super) m: [f32; 8],
+    /// What scales and minima are multiplied with in turn.
+    pub(super) d: f32,
+    pub(super) dmin: f32,
+}
+
+/// A quantised matrix in panels.
+pub(super) struct QuantTiles {
+    pub(super) geometry: Geometry,
+    rows: usize,
+    data: Buffer,
+}
+
+impl QuantTiles {
+    /// Repacks `bytes` in file order; their length has been checked.
+    pub(super) fn pack(
+        pool: &ThreadPool,
+        kind: Kind,
+        bytes: &[u8],
+        rows: usize,
+        cols: usize,
+    ) -> Self {
+        let geometry = Geometry::new(kind, cols);
+        let mut data = Buffer::new(rows.div_ceil(PANEL) * geometry.panel_bytes);
+        let dtype = kind.dtype();
+        let row_bytes = cols / dtype.block_len() * dtype.block_bytes();
+        pool.run_chunks(data.bytes_mut(), geometry.panel_bytes.max(1), &|p, panel| {
+            for lane in 0..PANEL.min(rows - p * PANEL) {
+                let row = &bytes[(p * PANEL + lane) * row_bytes..][..row_bytes];
+                for (b, block) in row.chunks_exact(dtype.block_bytes()).enumerate() {
+                    match kind {
+                        Kind::Q4K => pack_q4k(&geometry, panel, lane, b, block),
+                        Kind::Q6K => pack_q6k(&geometry, panel, lane, b, block),
+                        _ => pack_legacy(&geometry, panel, lane, b, block),
+                    }
+                }
+            }
+        });
+        QuantTiles { geometry, rows, data }
+    }
+
+    pub(super) fn dtype(&self) -> DType {
+        self.geometry.kind.dtype()
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(super) fn panels(&self) -> usize {
+        self.rows.div_ceil(PANEL)
+    }
+
+    pub(super) fn panel(&self, panel: usize) -> &[u8] {
+        &self.data.bytes()[panel * self.geometry.panel_bytes..][..self.geometry.panel_bytes]
+    }
+
+    /// Expands a row with ggml's own arithmetic.
+    pub(super) fn row_f32(&self, row: usize, out: &mut [f32]) {
+        let (g, lane) = (&self.geometry, row % PANEL);
+        let panel = self.panel(row / PANEL);
+        let size = g.kind.group();
+        for (b, out) in out.chunks_mut(256).enumerate() {
+            let scales = row_scales(g, panel, b, lane);
+            for (j, out) in out.chunks_exact_mut(size).enumerate() {
+                let q = &group_values(g, panel, b, j)[lane];
+                for (o, q) in out.iter_mut().zip(q) {
+                    let q = f32::from(*q);
+                    *o = match g.kind {
+                        Kind::Q8_0 | Kind::Q4_0 => q * scales.s[j],
+                        Kind::Q4_1 => q * scales.s[j] + scales.m[j],
+                        Kind::Q4K => scales.d * scales.s[j] * q - scales.dmin * scales.m[j],
+                        Kind::Q6K => scales.d * scales.s[j] * q,
+                    };
+                }
+            }
+        }
+    }
+}
+
+fn pack_nibbles(out: &mut [u8], lane: usize, values: &[u8]) {
+    for (j, v) in values.chunks_exact(8).enumerate() {
+        for t in 0..4 {
+            out[j * 64 + lane * 4 + t] = (v[t] & 15) | (v[t + 4] << 4);
+        }
+    }
+}
+
+fn pack_legacy(g: &Geometry, panel: &mut [u8], lane: usize, b: usize, block: &[u8]) {
+    let (at, scales) = (g.quants_at(0, b), if g.kind == Kind::Q4_1 { 64 } else { 32 });
+    let scale_at = g.scales_at + b * scales + lane * 2;
+    panel[scale_at..scale_at + 2].copy_from_slice(&block[..2]);
+    let mut values = [0u8; 32];
+    match g.kind {
+        Kind::Q8_0 => {
+            for (i, q) in block[2..].chunks_exact(4).enumerate() {
+                for t in 0..4 {
+                    panel[at + i * 64 + lane * 4 + t] = q[t] ^ 0x80;
+                }
+            }
+            return;
+        }
+        Kind::Q4_1 => panel[scale_at + 32..scale_at + 34].copy_from_slice(&block[2..4]),
+        _ => {}
+    }
+    let q = &block[block.len() - 16..];
+    for (i, q) in q.iter().enumerate() {
+        values[i] = q & 15;
+        values[i + 16] = q >> 4;
+    }
+    pack_nibbles(&mut panel[at..], lane, &values);
+}
+
+fn pack_q4k(g: &Geometry, panel: &mut [u8], lane: usize, b: usize, block: &[u8]) {
+    let base = b * Q4K_BLOCK;
+    panel[base + lane * 2..][..2].copy_from_slice(&block[..2]);
+    panel[base + 32 + lane * 2..][..2].copy_from_slice(&block[2..4]);
+    for i in 0..3 {
+        panel[base + 64 + i * 64 + lane * 4..][..4].copy_from_slice(&block[4 + i * 4..][..4]);
+    }
+    for (pair, q) in block[16..].chunks_exact(32).enumerate() {
+        let low: [u8; 32] = std::array::from_fn(|i| q[i] & 15);
+        let high: [u8; 32] = std::array::from_fn(|i| q[i] >> 4);
+        pack_nibbles(&mut panel[g.quants_at(b, 2 * pair)..], lane, &low);
+        pack_nibbles(&mut panel[g.quants_at(b, 2 * pair + 1)..], lane, &high);
+    }
+}
+
+fn pack_q6k(g: &Geometry, panel: &mut [u8], lane: usize, b: usize, block: &[u8]) {
+    let base = b * Q6K_BLOCK;
+    for i in 0..4 {
+        panel[base + i * 64 + lane * 4..][..4].copy_from_slice(&block[192 + i * 4..][..4]);
+    }
+    panel[g.scales_at + b * 32 + lane * 2..][..2].copy_from_slice(&block[208..210]);
+    for j in 0..16 {
+        let values: [u8; 16] = std::array::from_fn(|i| q6_at(block, j * 16 + i));
+        let out = &mut panel[g.quants_at(b, j)..];
+        pack_nibbles(out, lane, &values);
+        for t in 0..4 {
+            let high = |i: usize| (values[4 * i + t] >> 4) << (2 * i);
+            out[128 + lane * 4 + t] = high(0) | high(1) | high(2) | high(3);
+        }
+    }
+}
+
+/// The values of a group, offset removed: `[lane][input]`; the first 16 inputs of a Q6_K group.
+pub(super) fn group_values(g: &Geometry, panel: &[u8], b: usize, j: usize) -> [[i8; 32]; PANEL] {
+    let q = &panel[g.quants_at(b, j)..];
+    let mut out = [[0; 32]; PANEL];
+    let offset = g.kind.offset();
+    for (lane, out) in out.iter_mut().enumerate() {
+        for (i, o) in out.iter_mut().enumerate().take(g.kind.group()) {
+            let byte = |vector: usize| i32::from(q[vector * 64 + lane * 4 + i % 4]);
+            let v = match g.kind {
+                Kind::Q8_0 => byte(i / 4),
+                Kind::Q6K => {
+                    let low = (byte(i / 8) >> (i / 4 % 2 * 4)) & 15;
+                    low | (((byte(2) >> (i / 4 * 2)) & 3) << 4)
+                }
+                _ => (byte(i / 8) >> (i / 4 % 2 * 4)) & 15,
+            };
+            *o = (v - offset) as i8;
+        }
+    }
+    out
+}
+
+/// The scales of lane `lane` in block `b`.
+pub(super) fn row_scales(g: &Geometry, panel: &[u8], b: usize, lane: usize) -> RowScales {
+    let mut out = RowScales { s: [0.0; 16], m: [0.0; 8], d: 1.0, dmin: 1.0 };
+    match g.kind {
+        Kind::Q8_0 | Kind::Q4_0 | Kind::Q4_1 => {
+            let size = if g.kind == Kind::Q4_1 { 64 } else { 32 };
+            for j in 0..g.groups(b) {
+                let at = g.scales_at + (b * 8 + j) * size + lane * 2;
+                out.s[j] = f16_at(panel, at);
+                if g.kind == Kind::Q4_1 {
+                    out.m[j] = f16_at(panel, at + 32);
+                }
+            }
+        }
+        Kind::Q4K => {
+            let base = b * Q4K_BLOCK;
+            let byte = |i: usize| panel[base + 64 + i / 4 * 64 + lane * 4 + i % 4];
+            let packed: [u8; 12] = std::array::from_fn(byte);
+            out.d = f16_at(panel, base + lane * 2);
+            out.dmin = f16_at(panel, base + 32 + lane * 2);
+            for j in 0..8 {
+                let (s, m) = scale_min(j, &packed);
+                (out.s[j], out.m[j]) = (f32::from(s), f32::from(m));
+            }
+        }
+        Kind::Q6K => {
+            let base = b * Q6K_BLOCK;
+            for (j, s) in out.s.iter_mut().enumerate() {
+                *s = f32::from(panel[base + j / 4 * 64 + lane * 4 + j % 4] as i8);
+            }
+            out.d = f16_at(panel, g.scales_at + b * 32 + lane * 2);
+        }
+    }
+    out
+}
