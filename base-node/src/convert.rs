@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use headstart_engine::{DraftPolicy, Finish, Judged, Limits, Request, Sampling, Scored};
+use headstart_node::convert::{prompt, sampling};
 use headstart_proto::v1::{self, DraftEncoding, OnDraftComplete, serve_frame};
 use headstart_proto::{Epoch, Error, RequestId};
 
@@ -53,14 +54,6 @@ impl Job {
     pub fn new(request: v1::ServeRequest, limits: Limits) -> Result<Self, Error> {
         let id = RequestId::new(&request.request_id)?;
         let epoch = Epoch::new(request.epoch)?;
-        if let Some(&bad) = request.prompt_ids.iter().find(|&&id| id as usize >= limits.vocab_size)
-        {
-            let message = format!("expected ids below {}, found {bad}", limits.vocab_size);
-            return Err(Error::invalid("prompt_ids", message));
-        }
-        if request.prompt_ids.is_empty() {
-            return Err(Error::invalid("prompt_ids", "expected at least one id"));
-        }
         if request.max_tokens == 0 {
             return Err(Error::invalid("max_tokens", "expected at least 1"));
         }
@@ -72,10 +65,10 @@ impl Job {
         Ok(Self {
             id,
             epoch,
-            prompt: request.prompt_ids,
+            prompt: prompt(request.prompt_ids, limits)?,
             prompt_text: request.prompt_text,
             max_tokens: request.max_tokens as usize,
-            sampling: sampling(&request.sampling.unwrap_or_default())?,
+            sampling: sampling(&request.sampling.unwrap_or_default(), 1.0)?,
             top_logprobs: request.top_logprobs.map(|top| top as usize),
             draft,
         })
@@ -119,26 +112,6 @@ fn draft_job(draft: &v1::DraftPolicy, limits: Limits) -> Result<DraftJob, Error>
         continue_empty: draft.continue_empty_draft,
     };
     Ok(DraftJob { policy, encoding, vocab_size: limits.vocab_size })
-}
-
-fn sampling(wire: &v1::Sampling) -> Result<Sampling, Error> {
-    let within = |field: &str, value: Option<f32>, default: f32, low: f32, high: f32| {
-        let value = value.unwrap_or(default);
-        if (low..=high).contains(&value) {
-            return Ok(value);
-        }
-        let message = format!("expected a number from {low} to {high}, found {value}");
-        Err(Error::invalid(format!("sampling.{field}"), message))
-    };
-    Ok(Sampling {
-        temperature: within("temperature", wire.temperature, 1.0, 0.0, 100.0)?,
-        top_p: within("top_p", wire.top_p, 1.0, f32::MIN_POSITIVE, 1.0)?,
-        top_k: wire.top_k.unwrap_or(0) as usize,
-        min_p: within("min_p", wire.min_p, 0.0, 0.0, 1.0)?,
-        seed: wire.seed.unwrap_or(0),
-        presence_penalty: within("presence_penalty", wire.presence_penalty, 0.0, -2.0, 2.0)?,
-        frequency_penalty: within("frequency_penalty", wire.frequency_penalty, 0.0, -2.0, 2.0)?,
-    })
 }
 
 /// The wire form of a frame.

@@ -2,10 +2,13 @@
 //!
 //! `Serve` opens a [`session`], the task that owns one answer; `Handoff` brings it its draft, and
 //! the [`rendezvous`] is where the two meet. [`answer`] decides what may leave the node and when.
+//! [`node`] is the whole: from its configuration, or on an engine that already runs.
 
 pub mod answer;
+pub mod config;
 pub mod convert;
 pub mod metrics;
+pub mod node;
 pub mod rendezvous;
 pub mod service;
 pub mod session;

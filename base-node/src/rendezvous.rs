@@ -222,10 +222,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn nobody_waits_for_ever_and_only_so_many_wait() {
         let (place, id) = (Rendezvous::new(1), id());
-        let (one, two) = tokio::join!(
-            place.join(&id, epoch(1), PATIENCE),
-            place.join(&id, epoch(2), PATIENCE)
-        );
+        let (one, two) =
+            tokio::join!(place.join(&id, epoch(1), PATIENCE), place.join(&id, epoch(2), PATIENCE));
         assert_eq!(one.expect_err("no session").code, ErrorCode::NotFound);
         assert_eq!(two.expect_err("no room").code, ErrorCode::Overloaded);
     }

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use headstart_engine::{EngineHandle, SubmitError};
+use headstart_engine::EngineHandle;
+use headstart_node::Host;
+use headstart_node::convert::refused;
 use headstart_proto::v1::{self, DraftEnd, base_server::Base, handoff_frame, handoff_reply};
 use headstart_proto::{Epoch, Error, ErrorCode, RequestId};
-use headstart_text::{ModelText, Tokenizer};
+use headstart_text::Tokenizer;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -36,24 +38,18 @@ pub struct BaseService {
 }
 
 impl BaseService {
-    /// A service on `engine`, which waits `handoff_timeout` for either side of a handoff.
+    /// A service on `host`, which waits `handoff_timeout` for either side of a handoff.
     #[must_use]
-    pub fn new(
-        engine: EngineHandle,
-        text: &ModelText,
-        handoff_timeout: Duration,
-        draining: CancellationToken,
-        sessions: TaskTracker,
-    ) -> Self {
-        let waiting = 2 * engine.stats().slots;
+    pub fn new(host: &Host, handoff_timeout: Duration) -> Self {
+        let waiting = 2 * host.engine.stats().slots;
         Self {
-            engine,
-            tokenizer: text.tokenizer().clone(),
-            stop_tokens: text.stop_tokens().into(),
+            engine: host.engine.clone(),
+            tokenizer: host.text.tokenizer().clone(),
+            stop_tokens: host.text.stop_tokens().into(),
             rendezvous: Rendezvous::new(waiting),
             handoff_timeout,
-            draining,
-            sessions,
+            draining: host.draining.clone(),
+            sessions: host.sessions.clone(),
         }
     }
 
@@ -119,14 +115,6 @@ impl Base for BaseService {
         let handoff = Handoff { id, epoch, position: 0, frames, replies };
         tokio::spawn(handoff.run(link));
         Ok(Response::new(ReceiverStream::new(receiver)))
-    }
-}
-
-fn refused(error: SubmitError) -> Error {
-    match error {
-        SubmitError::Full { .. } => Error::new(ErrorCode::Overloaded, error.to_string()),
-        SubmitError::Invalid { field, message } => Error::invalid(field, message),
-        SubmitError::Stopped => Error::unavailable(error.to_string()),
     }
 }
 

@@ -8,12 +8,13 @@ use std::time::Duration;
 use headstart_base_node::service::BaseService;
 use headstart_engine::executor::fake::{FakeExecutor, FakeOptions, Gate};
 use headstart_engine::{EngineHandle, EngineOptions};
+use headstart_node::Host;
 use headstart_proto::v1::base_client::BaseClient;
 use headstart_proto::v1::base_server::BaseServer;
 use headstart_proto::v1::{
     self, DraftEncoding, DraftEnd, handoff_frame, handoff_reply, serve_frame,
 };
-use headstart_proto::{Error, ErrorCode};
+use headstart_proto::{Error, ErrorCode, NodeId};
 use headstart_text::ModelText;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -44,13 +45,14 @@ async fn start(options: FakeOptions, slots: usize, handoff_timeout: Duration) ->
         EngineOptions { slots, ..EngineOptions::default() },
     );
     let text = text();
-    let service = BaseService::new(
-        engine.clone(),
-        &text,
-        handoff_timeout,
-        CancellationToken::new(),
-        TaskTracker::new(),
-    );
+    let host = Host {
+        node_id: NodeId::new("b1").expect("a valid id"),
+        engine: engine.clone(),
+        text: text.clone(),
+        draining: CancellationToken::new(),
+        sessions: TaskTracker::new(),
+    };
+    let service = BaseService::new(&host, handoff_timeout);
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("bound");
     let server = Server::builder().add_service(BaseServer::new(service));

@@ -1,0 +1,173 @@
+//! The node as a whole: from its configuration, or on an engine that already runs.
+
+use std::sync::Arc;
+
+use headstart_cluster::{Membership, NodeRecord, Tier, incarnation_now};
+use headstart_engine::{EngineHandle, EngineStats};
+use headstart_proto::NodeId;
+use headstart_proto::v1::node_server::NodeServer;
+use headstart_service::metrics;
+use headstart_service::node::{Lifetimes, NodeError, NodeParts, RunningNode};
+use headstart_service::node_service::{NodeService, NodeStatus};
+use headstart_service::options::{ModelOptions, NodeOptions};
+use headstart_service::server::{GrpcServer, ServeError, bind};
+use headstart_text::ModelText;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::load;
+
+/// What a node on a running engine must be told.
+#[derive(Clone, Debug)]
+pub struct HostOptions {
+    /// The node.
+    pub node_id: NodeId,
+    /// How others reach the listener, `host:port`.
+    pub address: String,
+    /// The name clients use for the model.
+    pub model: String,
+    /// What `Info` says about the weights.
+    pub dtype: String,
+    /// The times of the node's life.
+    pub lifetimes: Lifetimes,
+}
+
+/// What a tier's services run on.
+#[derive(Clone)]
+pub struct Host {
+    /// The node.
+    pub node_id: NodeId,
+    /// The model's engine.
+    pub engine: EngineHandle,
+    /// The model's text side.
+    pub text: ModelText,
+    /// Cancelled when the node takes no new work.
+    pub draining: CancellationToken,
+    /// Live work, which a drain waits for.
+    pub sessions: TaskTracker,
+}
+
+/// What sets a tier apart.
+pub struct Tiered<F> {
+    /// The tier.
+    pub tier: Tier,
+    /// Adds the tier's services.
+    pub services: F,
+    /// Registers the descriptions of its metrics.
+    pub describe_metrics: fn(),
+    /// Sets its gauges, before a scrape.
+    pub engine_metrics: fn(EngineStats),
+}
+
+/// Starts a node on `engine`: it serves on `listener`, registers with `membership`, and drains when
+/// `shutdown` is cancelled.
+///
+/// # Errors
+/// When the node cannot register.
+pub async fn start<F>(
+    tiered: Tiered<F>,
+    options: HostOptions,
+    (engine, text): (EngineHandle, ModelText),
+    membership: &dyn Membership,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) -> Result<RunningNode, NodeError>
+where
+    F: FnOnce(GrpcServer, &Host) -> GrpcServer,
+{
+    let record = record(tiered.tier, &options, &engine, &text);
+    let host = Host {
+        node_id: options.node_id,
+        engine,
+        text,
+        draining: CancellationToken::new(),
+        sessions: TaskTracker::new(),
+    };
+    let (status, drains) = (host.engine.clone(), host.draining.clone());
+    let node = NodeService::new(&record, &host.text, &options.dtype, move || {
+        let stats = status.stats();
+        NodeStatus {
+            slots_used: u32::try_from(stats.slots_used).unwrap_or(u32::MAX),
+            kv_tokens: stats.kv_tokens as u64,
+            kv_tokens_used: stats.kv_tokens_used as u64,
+            draining: drains.is_cancelled(),
+        }
+    });
+    let server = (tiered.services)(GrpcServer::new()?, &host).add(NodeServer::new(node));
+    let Host { engine, draining, sessions, .. } = host;
+    let alive = Box::new(move || !engine.is_stopped());
+    let lifetimes = options.lifetimes;
+    let parts = NodeParts { record, server, draining, sessions, alive, lifetimes };
+    parts.start(listener, membership, shutdown).await
+}
+
+/// Runs a node from its configuration until `shutdown` has drained it. What can be refused at once
+/// (an address in use, an etcd that does not answer) is refused before the model is loaded.
+///
+/// # Errors
+/// What the node cannot start or go on without.
+pub async fn run<F>(
+    tiered: Tiered<F>,
+    node: NodeOptions,
+    model: ModelOptions,
+    shutdown: CancellationToken,
+) -> Result<(), NodeError>
+where
+    F: FnOnce(GrpcServer, &Host) -> GrpcServer,
+{
+    let name = model.name()?;
+    let listener = node.bind().await?;
+    let local =
+        listener.local_addr().map_err(|error| ServeError::Failed { cause: error.to_string() })?;
+    let address = node.advertised(local)?;
+    let scraped = match node.metrics {
+        Some(address) => Some(bind("metrics", address).await?),
+        None => None,
+    };
+    let membership = node.membership().await?;
+    let dtype = model.dtype.clone();
+    let loading = tokio::task::spawn_blocking(move || load(&model));
+    let (engine, text) = tokio::select! {
+        loaded = loading => loaded.map_err(|error| NodeError::Model(error.to_string()))??,
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    if let Some(listener) = scraped {
+        metrics::install();
+        (tiered.describe_metrics)();
+        let (set, engine) = (tiered.engine_metrics, engine.clone());
+        let refresh = Arc::new(move || set(engine.stats()));
+        let (draining, stop) = (shutdown.clone(), CancellationToken::new());
+        tokio::spawn(metrics::serve(listener, refresh, draining, stop));
+    }
+    let options = HostOptions {
+        node_id: node.id(tiered.tier),
+        address,
+        model: name,
+        dtype,
+        lifetimes: node.lifetimes(),
+    };
+    start(tiered, options, (engine, text), &*membership, listener, shutdown).await?.ended().await
+}
+
+fn record(
+    tier: Tier,
+    options: &HostOptions,
+    engine: &EngineHandle,
+    text: &ModelText,
+) -> NodeRecord {
+    let limits = engine.limits();
+    let context = limits.context_length.min(limits.pages * limits.page_size);
+    NodeRecord {
+        node_id: options.node_id.clone(),
+        tier,
+        address: options.address.clone(),
+        model: options.model.clone(),
+        tokenizer_fingerprint: text.tokenizer().fingerprint().to_string(),
+        text_fingerprint: text.fingerprint().to_string(),
+        context_length: u32::try_from(context).unwrap_or(u32::MAX),
+        slots: u32::try_from(engine.stats().slots).unwrap_or(u32::MAX),
+        draining: false,
+        incarnation: incarnation_now(),
+    }
+}

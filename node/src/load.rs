@@ -1,0 +1,49 @@
+//! A model and its text side, from a path to a running engine.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use headstart_engine::executor::cpu::{CpuExecutor, CpuOptions};
+use headstart_engine::model::{LoadError, LoadOptions, Model, WeightDtype};
+use headstart_engine::{EngineHandle, EngineOptions};
+use headstart_service::node::NodeError;
+use headstart_service::options::ModelOptions;
+use headstart_text::ModelText;
+
+/// Loads the model and its text side, and starts an engine on it.
+///
+/// # Errors
+/// [`NodeError::Model`] names the file and what is wrong with it.
+pub fn load(options: &ModelOptions) -> Result<(EngineHandle, ModelText), NodeError> {
+    let failed = |error: String| NodeError::Model(error);
+    let dtype: WeightDtype = options.dtype.parse().map_err(|_| {
+        failed(format!("--dtype: expected auto, f32 or bf16, found {:?}", options.dtype))
+    })?;
+    let text = ModelText::load(&options.model).map_err(|error| failed(error.to_string()))?;
+    let threads = options.threads();
+    let load = LoadOptions { dtype, threads };
+    let model = load_weights(&options.model, load).map_err(|error| failed(error.to_string()))?;
+    let context = model.config().context_length;
+    let cpu =
+        CpuOptions { threads, kv_tokens: options.kv_tokens(context), ..CpuOptions::default() };
+    let executor = CpuExecutor::new(Arc::new(model), cpu).map_err(|error| failed(error.message))?;
+    let engine = EngineOptions {
+        slots: options.slots,
+        step_tokens: options.step_tokens,
+        ..EngineOptions::default()
+    };
+    Ok((EngineHandle::start(Box::new(executor), engine), text))
+}
+
+/// Loads the weights; every tenth of them is a log line.
+fn load_weights(path: &Path, options: LoadOptions) -> Result<Model, LoadError> {
+    let mut told = 0;
+    Model::load(path, options, &mut |progress| {
+        let tenth = 10 * progress.bytes_loaded / progress.bytes_total.max(1);
+        if tenth > told {
+            told = tenth;
+            let mib_total = progress.bytes_total >> 20;
+            tracing::info!(path = %path.display(), percent = tenth * 10, mib_total, "loading");
+        }
+    })
+}
