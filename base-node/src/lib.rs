@@ -12,3 +12,6 @@ pub mod node;
 pub mod rendezvous;
 pub mod service;
 pub mod session;
+
+pub use headstart_node::HostOptions as BaseOptions;
+pub use node::start;

@@ -1,7 +1,5 @@
 //! The base-node as a whole: from its configuration, or on an engine that already runs.
 
-use std::time::Duration;
-
 use headstart_cluster::{Membership, Tier};
 use headstart_engine::EngineHandle;
 use headstart_node::{Host, HostOptions, Tiered};
@@ -21,31 +19,32 @@ use crate::service::BaseService;
 /// # Errors
 /// What the node cannot start or go on without.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), NodeError> {
-    headstart_node::run(tiered(config.handoff_timeout), config.node, config.model, shutdown).await
+    let Config { node, model, handoff_timeout, .. } = config;
+    headstart_node::run(tiered(), node, model, handoff_timeout, shutdown).await
 }
 
-/// Starts a base on an engine that runs; either side of a handoff waits `handoff_timeout`.
+/// Starts a base on `engine`, whose model's text side is `text`: it serves on `listener`,
+/// registers with `membership`, and drains when `shutdown` is cancelled.
 ///
 /// # Errors
 /// When the node cannot register.
 pub async fn start(
     options: HostOptions,
-    handoff_timeout: Duration,
-    model: (EngineHandle, ModelText),
+    engine: EngineHandle,
+    text: &ModelText,
     membership: &dyn Membership,
     listener: TcpListener,
     shutdown: CancellationToken,
 ) -> Result<RunningNode, NodeError> {
-    let tiered = tiered(handoff_timeout);
-    headstart_node::start(tiered, options, model, membership, listener, shutdown).await
+    headstart_node::start(tiered(), options, engine, text, membership, listener, shutdown).await
 }
 
-fn tiered(handoff_timeout: Duration) -> Tiered<impl FnOnce(GrpcServer, &Host) -> GrpcServer> {
+fn tiered() -> Tiered {
     Tiered {
         tier: Tier::Base,
-        services: move |server: GrpcServer, host: &Host| {
-            let service = BaseService::new(host, handoff_timeout);
-            server.add(BaseServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX))
+        services: |server: GrpcServer, host: &Host| {
+            let service = BaseServer::new(BaseService::new(host));
+            server.add(service.max_decoding_message_size(MESSAGE_BYTES_MAX))
         },
         describe_metrics: metrics::describe,
         engine_metrics: metrics::engine,

@@ -38,16 +38,16 @@ pub struct BaseService {
 }
 
 impl BaseService {
-    /// A service on `host`, which waits `handoff_timeout` for either side of a handoff.
+    /// A service on `host`.
     #[must_use]
-    pub fn new(host: &Host, handoff_timeout: Duration) -> Self {
+    pub fn new(host: &Host) -> Self {
         let waiting = 2 * host.engine.stats().slots;
         Self {
             engine: host.engine.clone(),
             tokenizer: host.text.tokenizer().clone(),
             stop_tokens: host.text.stop_tokens().into(),
             rendezvous: Rendezvous::new(waiting),
-            handoff_timeout,
+            handoff_timeout: host.handoff_timeout,
             draining: host.draining.clone(),
             sessions: host.sessions.clone(),
         }

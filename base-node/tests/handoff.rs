@@ -49,10 +49,11 @@ async fn start(options: FakeOptions, slots: usize, handoff_timeout: Duration) ->
         node_id: NodeId::new("b1").expect("a valid id"),
         engine: engine.clone(),
         text: text.clone(),
+        handoff_timeout,
         draining: CancellationToken::new(),
         sessions: TaskTracker::new(),
     };
-    let service = BaseService::new(&host, handoff_timeout);
+    let service = BaseService::new(&host);
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("bound");
     let server = Server::builder().add_service(BaseServer::new(service));

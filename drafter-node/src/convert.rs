@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use headstart_engine::{Finish, Limits, Request, Sampling};
+use headstart_node::convert::{prompt, sampling};
 use headstart_proto::v1::{self, DraftEncoding, DraftEnd};
 use headstart_proto::{Epoch, Error, RequestId};
 
@@ -43,19 +44,11 @@ impl Job {
             }
             known => known,
         };
-        if let Some(&bad) = request.prompt_ids.iter().find(|&&id| id as usize >= limits.vocab_size)
-        {
-            let message = format!("expected ids below {}, found {bad}", limits.vocab_size);
-            return Err(Error::invalid("prompt_ids", message));
-        }
-        if request.prompt_ids.is_empty() {
-            return Err(Error::invalid("prompt_ids", "expected at least one id"));
-        }
+        let prompt = prompt(request.prompt_ids, limits)?;
         let context = limits.context_length.min(limits.pages * limits.page_size);
-        let room = context.saturating_sub(request.prompt_ids.len());
+        let room = context.saturating_sub(prompt.len());
         if room == 0 {
-            let found = request.prompt_ids.len();
-            let message = format!("expected fewer than {context} ids, found {found}");
+            let message = format!("expected fewer than {context} ids, found {}", prompt.len());
             return Err(Error::invalid("prompt_ids", message));
         }
         if request.draft_tokens_max == 0 {
@@ -68,9 +61,9 @@ impl Job {
         Ok(Self {
             id,
             epoch,
-            prompt: request.prompt_ids,
+            prompt,
             draft_tokens_max: (request.draft_tokens_max as usize).min(room),
-            sampling: sampling(&request.sampling.unwrap_or_default())?,
+            sampling: sampling(&request.sampling.unwrap_or_default(), 0.0)?,
             base_address: request.base_address,
             encoding,
         })
@@ -97,26 +90,6 @@ pub fn draft_end(finish: Finish) -> DraftEnd {
         Finish::Stop => DraftEnd::Eos,
         Finish::Length => DraftEnd::Length,
     }
-}
-
-fn sampling(wire: &v1::Sampling) -> Result<Sampling, Error> {
-    let within = |field: &str, value: Option<f32>, default: f32, low: f32, high: f32| {
-        let value = value.unwrap_or(default);
-        if (low..=high).contains(&value) {
-            return Ok(value);
-        }
-        let message = format!("expected a number from {low} to {high}, found {value}");
-        Err(Error::invalid(format!("sampling.{field}"), message))
-    };
-    Ok(Sampling {
-        temperature: within("temperature", wire.temperature, 0.0, 0.0, 100.0)?,
-        top_p: within("top_p", wire.top_p, 1.0, f32::MIN_POSITIVE, 1.0)?,
-        top_k: wire.top_k.unwrap_or(0) as usize,
-        min_p: within("min_p", wire.min_p, 0.0, 0.0, 1.0)?,
-        seed: wire.seed.unwrap_or(0),
-        presence_penalty: within("presence_penalty", wire.presence_penalty, 0.0, -2.0, 2.0)?,
-        frequency_penalty: within("frequency_penalty", wire.frequency_penalty, 0.0, -2.0, 2.0)?,
-    })
 }
 
 #[cfg(test)]

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use headstart_engine::{EngineHandle, SubmitError};
+use headstart_engine::EngineHandle;
+use headstart_node::Host;
+use headstart_node::convert::refused;
 use headstart_proto::v1::{self, DraftEncoding, drafter_server::Drafter};
 use headstart_proto::{Error, ErrorCode, NodeId};
-use headstart_text::{Detokenizer, ModelText, Tokenizer};
+use headstart_text::{Detokenizer, Tokenizer};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -37,25 +39,18 @@ pub struct DrafterService {
 }
 
 impl DrafterService {
-    /// A service on `engine`, which gives a base `handoff_timeout` to accept a draft.
+    /// A service on `host`.
     #[must_use]
-    pub fn new(
-        engine: EngineHandle,
-        text: &ModelText,
-        node_id: NodeId,
-        handoff_timeout: Duration,
-        draining: CancellationToken,
-        drafts: TaskTracker,
-    ) -> Self {
+    pub fn new(host: &Host) -> Self {
         Self {
-            engine,
-            tokenizer: text.tokenizer().clone(),
-            stop_tokens: text.stop_tokens().into(),
-            node_id,
-            handoff_timeout,
+            engine: host.engine.clone(),
+            tokenizer: host.text.tokenizer().clone(),
+            stop_tokens: host.text.stop_tokens().into(),
+            node_id: host.node_id.clone(),
+            handoff_timeout: host.handoff_timeout,
             bases: Bases::new(CONNECT_TIMEOUT),
-            draining,
-            drafts,
+            draining: host.draining.clone(),
+            drafts: host.sessions.clone(),
         }
     }
 
@@ -103,13 +98,5 @@ impl Drafter for DrafterService {
             metrics::request_ended(error.code.code());
         })?;
         Ok(Response::new(ReceiverStream::new(progress)))
-    }
-}
-
-fn refused(error: SubmitError) -> Error {
-    match error {
-        SubmitError::Full { .. } => Error::new(ErrorCode::Overloaded, error.to_string()),
-        SubmitError::Invalid { field, message } => Error::invalid(field, message),
-        SubmitError::Stopped => Error::unavailable(error.to_string()),
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use headstart_drafter_node::service::DrafterService;
 use headstart_engine::executor::fake::{FakeExecutor, FakeOptions};
 use headstart_engine::{EngineHandle, EngineOptions};
+use headstart_node::Host;
 use headstart_proto::v1::base_server::{Base, BaseServer};
 use headstart_proto::v1::drafter_client::DrafterClient;
 use headstart_proto::v1::drafter_server::DrafterServer;
@@ -109,14 +110,15 @@ async fn start(options: FakeOptions, slots: usize) -> Node {
     let drafter = FakeExecutor::new(options);
     let options = EngineOptions { slots, ..EngineOptions::default() };
     let engine = EngineHandle::start(Box::new(drafter.clone()), options);
-    let service = DrafterService::new(
-        engine.clone(),
-        &text,
-        NodeId::new("d1").expect("a valid id"),
-        Duration::from_secs(20),
-        CancellationToken::new(),
-        TaskTracker::new(),
-    );
+    let host = Host {
+        node_id: NodeId::new("d1").expect("a valid id"),
+        engine: engine.clone(),
+        text: text.clone(),
+        handoff_timeout: Duration::from_secs(20),
+        draining: CancellationToken::new(),
+        sessions: TaskTracker::new(),
+    };
+    let service = DrafterService::new(&host);
     let (handoffs, receiver) = mpsc::channel(4);
     let base_address =
         serve(Server::builder().add_service(BaseServer::new(PlayedBase { handoffs }))).await;

@@ -1,6 +1,7 @@
 //! The node as a whole: from its configuration, or on an engine that already runs.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use headstart_cluster::{Membership, NodeRecord, Tier, incarnation_now};
 use headstart_engine::{EngineHandle, EngineStats};
@@ -29,6 +30,8 @@ pub struct HostOptions {
     pub model: String,
     /// What `Info` says about the weights.
     pub dtype: String,
+    /// How long either side of a handoff waits for the other.
+    pub handoff_timeout: Duration,
     /// The times of the node's life.
     pub lifetimes: Lifetimes,
 }
@@ -42,6 +45,8 @@ pub struct Host {
     pub engine: EngineHandle,
     /// The model's text side.
     pub text: ModelText,
+    /// How long either side of a handoff waits for the other.
+    pub handoff_timeout: Duration,
     /// Cancelled when the node takes no new work.
     pub draining: CancellationToken,
     /// Live work, which a drain waits for.
@@ -49,11 +54,12 @@ pub struct Host {
 }
 
 /// What sets a tier apart.
-pub struct Tiered<F> {
+#[derive(Clone, Copy)]
+pub struct Tiered {
     /// The tier.
     pub tier: Tier,
     /// Adds the tier's services.
-    pub services: F,
+    pub services: fn(GrpcServer, &Host) -> GrpcServer,
     /// Registers the descriptions of its metrics.
     pub describe_metrics: fn(),
     /// Sets its gauges, before a scrape.
@@ -65,22 +71,21 @@ pub struct Tiered<F> {
 ///
 /// # Errors
 /// When the node cannot register.
-pub async fn start<F>(
-    tiered: Tiered<F>,
+pub async fn start(
+    tiered: Tiered,
     options: HostOptions,
-    (engine, text): (EngineHandle, ModelText),
+    engine: EngineHandle,
+    text: &ModelText,
     membership: &dyn Membership,
     listener: TcpListener,
     shutdown: CancellationToken,
-) -> Result<RunningNode, NodeError>
-where
-    F: FnOnce(GrpcServer, &Host) -> GrpcServer,
-{
-    let record = record(tiered.tier, &options, &engine, &text);
+) -> Result<RunningNode, NodeError> {
+    let record = record(tiered.tier, &options, &engine, text);
     let host = Host {
         node_id: options.node_id,
         engine,
-        text,
+        text: text.clone(),
+        handoff_timeout: options.handoff_timeout,
         draining: CancellationToken::new(),
         sessions: TaskTracker::new(),
     };
@@ -107,15 +112,13 @@ where
 ///
 /// # Errors
 /// What the node cannot start or go on without.
-pub async fn run<F>(
-    tiered: Tiered<F>,
+pub async fn run(
+    tiered: Tiered,
     node: NodeOptions,
     model: ModelOptions,
+    handoff_timeout: Duration,
     shutdown: CancellationToken,
-) -> Result<(), NodeError>
-where
-    F: FnOnce(GrpcServer, &Host) -> GrpcServer,
-{
+) -> Result<(), NodeError> {
     let name = model.name()?;
     let listener = node.bind().await?;
     let local =
@@ -145,9 +148,10 @@ where
         address,
         model: name,
         dtype,
+        handoff_timeout,
         lifetimes: node.lifetimes(),
     };
-    start(tiered, options, (engine, text), &*membership, listener, shutdown).await?.ended().await
+    start(tiered, options, engine, &text, &*membership, listener, shutdown).await?.ended().await
 }
 
 fn record(

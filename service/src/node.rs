@@ -1,0 +1,193 @@
+//! A node's life: it listens, registers, serves, drains and leaves.
+
+use std::fmt;
+use std::time::Duration;
+
+use headstart_cluster::{ClusterError, LEASE_TTL, Membership, NodeRecord, Registration, Tier};
+use headstart_proto::{NodeId, RequestId};
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::ConfigError;
+use crate::server::{GrpcServer, RunningServer, ServeError};
+
+/// How long live work may take to end when a node is asked to stop, unless it is told otherwise.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often a node looks whether its engine still runs.
+const ALIVE_INTERVAL: Duration = Duration::from_millis(500);
+
+/// A fresh node id: the tier and a random part.
+pub fn random_id(tier: Tier) -> NodeId {
+    let random = RequestId::generate();
+    // The last group of a version 7 UUID is random.
+    let tail = random.as_str().rsplit('-').next().unwrap_or_default();
+    NodeId::new(&format!("{tier}-{tail}")).unwrap_or_else(|_| unreachable!("letters, '-' and hex"))
+}
+
+/// The times of a node's life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lifetimes {
+    /// How long the record outlives a node that dies.
+    pub lease_ttl: Duration,
+    /// How long live work may take to end when the node is asked to stop.
+    pub drain_timeout: Duration,
+}
+
+impl Default for Lifetimes {
+    fn default() -> Self {
+        Self { lease_ttl: LEASE_TTL, drain_timeout: DRAIN_TIMEOUT }
+    }
+}
+
+/// A node could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// Its configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Its server cannot listen or failed.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// It cannot register.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// Its model cannot be loaded.
+    #[error("{0}")]
+    Model(String),
+    /// Its engine stopped while it served.
+    #[error("the engine has stopped")]
+    Engine,
+}
+
+/// What the two node kinds do not have in common.
+pub struct NodeParts {
+    /// What the node tells the cluster; its address is where others reach the listener.
+    pub record: NodeRecord,
+    /// Its services.
+    pub server: GrpcServer,
+    /// Cancelled when the node takes no new work; its services watch it.
+    pub draining: CancellationToken,
+    /// Its live work; the drain waits for it.
+    pub sessions: TaskTracker,
+    /// Whether its engine still runs; a node without one leaves the cluster.
+    pub alive: Box<dyn Fn() -> bool + Send + Sync>,
+    /// The times of its life.
+    pub lifetimes: Lifetimes,
+}
+
+impl fmt::Debug for NodeParts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NodeParts").field("record", &self.record).finish_non_exhaustive()
+    }
+}
+
+/// A node that is registered and serves.
+#[derive(Debug)]
+pub struct RunningNode {
+    record: NodeRecord,
+    task: JoinHandle<Result<(), NodeError>>,
+}
+
+impl NodeParts {
+    /// Serves on `listener` and registers. The node runs until `shutdown`; then it takes no new
+    /// work, says so in its record, gives live work its time, deregisters and closes.
+    ///
+    /// # Errors
+    /// When the node cannot register.
+    pub async fn start(
+        self,
+        listener: TcpListener,
+        membership: &dyn Membership,
+        shutdown: CancellationToken,
+    ) -> Result<RunningNode, NodeError> {
+        let Self { record, server, draining, sessions, alive, lifetimes } = self;
+        let server = server.start(listener).await;
+        let registration = membership.register(record.clone(), lifetimes.lease_ttl).await?;
+        tracing::info!(
+            node_id = %record.node_id, tier = %record.tier, address = %record.address,
+            model = %record.model, slots = record.slots, "node is ready"
+        );
+        let life = Life { server, registration, draining, sessions, alive, lifetimes };
+        let task = tokio::spawn(life.run(shutdown));
+        Ok(RunningNode { record, task })
+    }
+}
+
+impl RunningNode {
+    /// What the node told the cluster when it started.
+    pub fn record(&self) -> &NodeRecord {
+        &self.record
+    }
+
+    /// Waits until the node has ended: after a drain, or with the error that ended it.
+    ///
+    /// # Errors
+    /// When its server failed.
+    pub async fn ended(&mut self) -> Result<(), NodeError> {
+        match (&mut self.task).await {
+            Ok(result) => result,
+            Err(error) => Err(ServeError::Failed { cause: error.to_string() }.into()),
+        }
+    }
+
+    /// Ends the node at once, as a crash does: connections break, and its record expires.
+    pub fn kill(&self) {
+        self.task.abort();
+    }
+}
+
+impl Drop for RunningNode {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Waits until `alive` says no.
+async fn dead(alive: &(dyn Fn() -> bool + Send + Sync)) {
+    let mut tick = tokio::time::interval(ALIVE_INTERVAL);
+    while alive() {
+        tick.tick().await;
+    }
+}
+
+struct Life {
+    server: RunningServer,
+    registration: Registration,
+    draining: CancellationToken,
+    sessions: TaskTracker,
+    alive: Box<dyn Fn() -> bool + Send + Sync>,
+    lifetimes: Lifetimes,
+}
+
+impl Life {
+    async fn run(mut self, shutdown: CancellationToken) -> Result<(), NodeError> {
+        let node_id = self.registration.node_id();
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            error = self.server.failed() => {
+                self.registration.deregister().await;
+                return Err(error.into());
+            }
+            () = dead(&*self.alive) => {
+                self.registration.deregister().await;
+                return Err(NodeError::Engine);
+            }
+        }
+        tracing::info!(%node_id, live = self.sessions.len(), "draining");
+        self.draining.cancel();
+        self.registration.update(|record| record.draining = true);
+        self.server.set_not_serving().await;
+        self.sessions.close();
+        let drained = tokio::time::timeout(self.lifetimes.drain_timeout, self.sessions.wait());
+        if drained.await.is_err() {
+            tracing::warn!(%node_id, cut = self.sessions.len(), "the drain's deadline passed");
+        }
+        self.registration.deregister().await;
+        self.server.stop().await;
+        tracing::info!(%node_id, "node has left");
+        Ok(())
+    }
+}
