@@ -75,8 +75,8 @@ pub fn plan(demands: &[Demand], budget: Budget) -> Plan {
         plan: Plan::default(),
     };
     for prefilling in [false, true] {
-        for index in 0..demands.len() {
-            if demands[index].work > 0 && demands[index].prefilling == prefilling {
+        for (index, demand) in demands.iter().enumerate() {
+            if demand.work > 0 && demand.prefilling == prefilling {
                 planner.place(index);
             }
         }

@@ -87,7 +87,7 @@ impl FakeExecutor {
         let tail = &context[context.len().saturating_sub(8)..];
         let hash = tail.iter().fold(0x517c_c1b7_2722_0a95, |hash, &id| mix(hash, u64::from(id)));
         let (stop, every) = options.stop_token;
-        if every > 0 && mix(hash, 1) % every == 0 {
+        if every > 0 && mix(hash, 1).is_multiple_of(every) {
             return stop;
         }
         let agrees = mix(hash, 2) % 100 < options.agreement_percent;
