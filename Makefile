@@ -1,0 +1,44 @@
+# Headstart. `make demo` shows it at work, `make test` tests everything on small models.
+
+CARGO ?= cargo
+HEADSTART = target/release/headstart
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full verify fix bench build setup setup-test
+
+help: ## Say what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: build ## Build, fetch two small models, start a cluster, ask it something
+	@$(HEADSTART) models pull smollm2 qwen2.5-coder > /dev/null
+	@$(HEADSTART) demo
+
+test: setup-test ## Test everything, on small models, golden files included
+	$(CARGO) build --release --locked --workspace --bins
+	$(HEADSTART) models pull smollm2
+	$(CARGO) test --release --locked --workspace
+
+test-full: setup-test ## What `make test` leaves out: the golden files of SmolLM2 with Qwen2.5-Coder
+	$(CARGO) build --release --locked --workspace --bins
+	$(HEADSTART) models pull smollm2 qwen2.5-coder
+	$(CARGO) test --release --locked --workspace -- --ignored
+
+verify: setup ## Check format, lints, documentation and dependencies; writes nothing to the sources
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --locked --workspace --no-deps --quiet
+	@if command -v cargo-deny > /dev/null; then $(CARGO) deny --locked check; \
+	else echo "cargo-deny is not installed: deny.toml not checked"; fi
+
+fix: setup ## Apply format and the lints' own corrections
+	$(CARGO) clippy --release --workspace --all-targets --fix --allow-dirty --allow-staged
+	$(CARGO) fmt --all
+
+build: setup ## Build the binaries
+	$(CARGO) build --release --locked --workspace --bins
+
+setup: ## Install what building needs, or say what is missing
+	@scripts/setup
+
+setup-test:
+	@scripts/setup --test

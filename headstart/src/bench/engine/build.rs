@@ -1,0 +1,317 @@
+//! llama.cpp from its Python source package, built once into the user's cache.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::llama::Llama;
+use crate::bench::child::Job;
+use crate::bench::machine::Processor;
+use crate::bench::steps::Steps;
+use crate::failure::Failure;
+use crate::models::Cancel;
+use crate::models::cache::{self, PullLock};
+
+/// The source package that carries llama.cpp; pip's own configuration says where it comes from.
+pub(super) const PACKAGE: &str = "llama-cpp-python==0.3.36";
+const PACKAGE_NAME: &str = "llama-cpp-python";
+const PACKAGE_SHA256: &str = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e";
+/// Where llama.cpp lies inside the package.
+const MEMBER: &str = "llama_cpp_python-0.3.36/vendor/llama.cpp/";
+/// The folder in the cache.
+const FOLDER: &str = "llama.cpp-0.3.36";
+/// What builds it where the system has nothing.
+const TOOLS: [&str; 2] = ["cmake==3.31.6", "ninja==1.11.1.4"];
+
+/// llama.cpp's own way to build for the processor at hand, and nothing that is not measured.
+const OPTIONS: [&str; 11] = [
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DGGML_NATIVE=ON",
+    "-DBUILD_SHARED_LIBS=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-Wno-dev",
+];
+
+/// Unpacks the members of the archive named by the first argument that lie below the second into
+/// the folder named by the third. Names that lead out of it are refused.
+const UNPACK: &str = "import os, sys, tarfile
+archive, prefix, folder = sys.argv[1:]
+root = os.path.realpath(folder)
+with tarfile.open(archive) as tar:
+    for member in tar:
+        if not (member.name.startswith(prefix) and (member.isfile() or member.isdir())):
+            continue
+        target = os.path.realpath(os.path.join(root, member.name[len(prefix):]))
+        if os.path.commonpath([root, target]) != root:
+            sys.exit('error: a member leads out of the folder: ' + member.name)
+        if member.isdir():
+            os.makedirs(target, exist_ok=True)
+            continue
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with tar.extractfile(member) as source, open(target, 'wb') as file:
+            file.write(source.read())
+        os.chmod(target, member.mode & 0o755)
+";
+
+/// The programs in the user's cache, fetched and built first if they are not there.
+///
+/// # Errors
+/// When Python, pip or a C++ compiler is missing, the package cannot be had, or the build fails. A
+/// build that was interrupted goes on the next time.
+pub(super) fn llama(cancel: &Cancel) -> Result<Llama, Failure> {
+    let models = cache::folder()?;
+    let parent = models.parent().unwrap_or(&models);
+    Builder { folder: parent.join(FOLDER), python: "python3".to_owned(), cancel }.llama(parent)
+}
+
+struct Builder<'a> {
+    folder: PathBuf,
+    python: String,
+    cancel: &'a Cancel,
+}
+
+/// The programs that build.
+struct Tools {
+    cmake: PathBuf,
+    ninja: PathBuf,
+}
+
+impl Builder<'_> {
+    fn llama(&self, parent: &Path) -> Result<Llama, Failure> {
+        let bin = self.folder.join("build").join("bin");
+        let llama = Llama {
+            bench: bin.join("llama-bench"),
+            batched: bin.join("llama-batched-bench"),
+            words: self.folder.join("output"),
+        };
+        let _lock = PullLock::acquire(parent, "llama.cpp", self.cancel)?;
+        create_all(&llama.words)?;
+        let recipe = recipe(&Processor::this());
+        let built = self.folder.join("built");
+        if fs::read_to_string(&built).is_ok_and(|text| text == recipe) {
+            return Ok(llama);
+        }
+        self.source(&llama.words)?;
+        self.compile(&llama.words, &recipe)?;
+        write(&built, &recipe)?;
+        Ok(llama)
+    }
+
+    /// Fetches the package and unpacks llama.cpp, whole or not at all.
+    fn source(&self, words: &Path) -> Result<(), Failure> {
+        let source = self.folder.join("source");
+        if source.join("CMakeLists.txt").is_file() {
+            return Ok(());
+        }
+        let mut steps = Steps::start(&format!("fetching {PACKAGE}"), 2);
+        let staging = self.folder.join(".partial");
+        remove_all(&staging)?;
+        let download = staging.join("download");
+        create_all(&download)?;
+        let requirement = staging.join("requirement.txt");
+        write(&requirement, &format!("{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n"))?;
+        let mut pip = self.python();
+        pip.args(["-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]);
+        pip.args(["--no-binary", PACKAGE_NAME, "--require-hashes", "--requirement"]);
+        pip.arg(&requirement).arg("--dest").arg(&download);
+        self.job(&format!("fetching {PACKAGE}"), pip, words.join("fetch.log"))?;
+        steps.at(1, "unpacking");
+        let archive = first_file(&download)?;
+        let unpacked = staging.join("source");
+        create_all(&unpacked)?;
+        let mut unpack = self.python();
+        unpack.args(["-c", UNPACK]).arg(&archive).arg(MEMBER).arg(&unpacked);
+        self.job(&format!("unpacking {PACKAGE}"), unpack, words.join("unpack.log"))?;
+        rename(&unpacked, &source)?;
+        remove_all(&staging)
+    }
+
+    fn compile(&self, words: &Path, recipe: &str) -> Result<(), Failure> {
+        let tools = self.tools(words)?;
+        let (build, begun) = (self.folder.join("build"), self.folder.join("begun"));
+        if fs::read_to_string(&begun).map_or(true, |text| text != recipe) {
+            // Objects for another processor, or built otherwise.
+            remove_all(&build)?;
+            create_all(&self.folder)?;
+            write(&begun, recipe)?;
+        }
+        let mut steps = Steps::start("building llama.cpp", 0);
+        let mut configure = Command::new(&tools.cmake);
+        configure.arg("-S").arg(self.folder.join("source")).arg("-B").arg(&build);
+        configure.args(["-G", "Ninja"]).args(OPTIONS);
+        configure.arg(format!("-DCMAKE_MAKE_PROGRAM={}", tools.ninja.display()));
+        // Never takes the version of a repository that the cache folder may lie in.
+        configure.env("GIT_CEILING_DIRECTORIES", &self.folder);
+        self.job("configuring llama.cpp", configure, words.join("configure.log"))?;
+        let mut ninja = Command::new(&tools.ninja);
+        ninja.arg("-C").arg(&build).args(["llama-bench", "llama-batched-bench"]);
+        let log = words.join("build.log");
+        let job = Job { doing: "building llama.cpp", command: ninja, out: log.clone(), err: log };
+        job.run(self.cancel, &mut |piece| {
+            if let Some((done, total)) = ninja_progress(piece) {
+                steps.set(done, total, "");
+            }
+        })
+    }
+
+    /// The system's cmake and ninja, or else pip's in a virtual environment of their own.
+    fn tools(&self, words: &Path) -> Result<Tools, Failure> {
+        if runs("cmake") && runs("ninja") {
+            return Ok(Tools { cmake: "cmake".into(), ninja: "ninja".into() });
+        }
+        let venv = self.folder.join("tools");
+        let bin = venv.join("bin");
+        let tools = Tools { cmake: bin.join("cmake"), ninja: bin.join("ninja") };
+        if runs(&tools.cmake) && runs(&tools.ninja) {
+            return Ok(tools);
+        }
+        let _steps = Steps::start("fetching cmake and ninja", 0);
+        let log = words.join("tools.log");
+        let mut make = self.python();
+        make.args(["-m", "venv", "--clear"]).arg(&venv);
+        self.job("making a virtual environment for cmake and ninja", make, log.clone())?;
+        let mut pip = Command::new(bin.join("python"));
+        pip.args(["-m", "pip", "install", "--quiet", "--only-binary", ":all:"]).args(TOOLS);
+        quiet(&mut pip);
+        self.job("fetching cmake and ninja", pip, log)?;
+        Ok(tools)
+    }
+
+    fn python(&self) -> Command {
+        let mut command = Command::new(&self.python);
+        quiet(&mut command);
+        command
+    }
+
+    fn job(&self, doing: &str, command: Command, log: PathBuf) -> Result<(), Failure> {
+        Job { doing, command, out: log.clone(), err: log }.run(self.cancel, &mut |_| ())
+    }
+}
+
+fn quiet(pip: &mut Command) {
+    pip.env("PIP_DISABLE_PIP_VERSION_CHECK", "1").env("PIP_NO_INPUT", "1");
+}
+
+/// What a build depends on; one made by another recipe is of no use.
+fn recipe(processor: &Processor) -> String {
+    let Processor { name, features } = processor;
+    format!("{PACKAGE}\n{}\n{name}\n{features}\n", OPTIONS.join(" "))
+}
+
+/// The last `[done/total]` of what ninja printed.
+fn ninja_progress(printed: &str) -> Option<(u64, u64)> {
+    printed.lines().rev().find_map(|line| {
+        let (done, total) = line.strip_prefix('[')?.split_once(']')?.0.split_once('/')?;
+        Some((done.parse().ok()?, total.parse().ok()?))
+    })
+}
+
+fn runs(program: impl AsRef<std::ffi::OsStr>) -> bool {
+    let mut command = Command::new(program);
+    command.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.status().is_ok_and(|status| status.success())
+}
+
+fn first_file(folder: &Path) -> Result<PathBuf, Failure> {
+    let mut entries = fs::read_dir(folder).map_err(|error| failed("read", folder, &error))?;
+    entries
+        .find_map(|entry| entry.ok().map(|entry| entry.path()))
+        .ok_or_else(|| Failure::Failed(format!("pip brought nothing for {PACKAGE}")))
+}
+
+fn create_all(folder: &Path) -> Result<(), Failure> {
+    fs::create_dir_all(folder).map_err(|error| failed("create", folder, &error))
+}
+
+fn remove_all(folder: &Path) -> Result<(), Failure> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(failed("remove", folder, &error))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn rename(from: &Path, to: &Path) -> Result<(), Failure> {
+    remove_all(to)?;
+    fs::rename(from, to).map_err(|error| failed("rename", from, &error))
+}
+
+fn write(path: &Path, text: &str) -> Result<(), Failure> {
+    fs::write(path, text).map_err(|error| failed("write", path, &error))
+}
+
+fn failed(verb: &str, path: &Path, error: &std::io::Error) -> Failure {
+    Failure::Failed(format!("cannot {verb} {}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ninjas_progress_is_the_last_it_printed() {
+        let printed = "[1/138] Building C object a.o\n[2/138] Linking CXX b\nwarning: [9/9] no\n";
+        assert_eq!(ninja_progress(printed), Some((2, 138)));
+        assert_eq!(ninja_progress("ninja: no work to do.\n"), None);
+        assert_eq!(ninja_progress("[x/y] z"), None);
+    }
+
+    #[test]
+    fn a_build_for_another_processor_is_of_no_use() {
+        let processor = |features: &str| Processor { name: "A".into(), features: features.into() };
+        assert_ne!(recipe(&processor("avx2")), recipe(&processor("avx2 avx512f")));
+        assert_eq!(recipe(&processor("avx2")), recipe(&processor("avx2")));
+    }
+
+    #[test]
+    fn a_build_that_is_there_is_taken_as_it_is() {
+        let cache = tempfile::tempdir().unwrap();
+        let folder = cache.path().join(FOLDER);
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("built"), recipe(&Processor::this())).unwrap();
+        // No program of this name: nothing may be fetched or built.
+        let cancel = Cancel::default();
+        let python = "headstart-no-such-python".to_owned();
+        let builder = Builder { folder: folder.clone(), python, cancel: &cancel };
+        let llama = builder.llama(cache.path()).unwrap();
+        assert_eq!(llama.bench, folder.join("build/bin/llama-bench"));
+        // A stale one is fetched anew, which needs Python.
+        fs::write(folder.join("built"), "for another processor").unwrap();
+        let message = builder.llama(cache.path()).unwrap_err().message().to_owned();
+        assert!(message.contains("headstart-no-such-python"), "{message}");
+        assert!(message.contains(PACKAGE), "{message}");
+    }
+
+    #[test]
+    fn only_what_lies_below_the_member_is_unpacked() {
+        let folder = tempfile::tempdir().unwrap();
+        let make = "import io, sys, tarfile
+with tarfile.open(sys.argv[1], 'w:gz') as tar:
+    for name in sys.argv[2:]:
+        info = tarfile.TarInfo(name)
+        info.size = 2
+        tar.addfile(info, io.BytesIO(b'ok'))
+";
+        let (archive, target) = (folder.path().join("a.tar.gz"), folder.path().join("target"));
+        let run = |script: &str, args: &[&str], members: &[&str]| {
+            let mut python = Command::new("python3");
+            python.args(["-c", script]).arg(&archive).args(members).args(args);
+            python.stderr(Stdio::null()).status().unwrap().success()
+        };
+        fs::create_dir(&target).unwrap();
+        let into = target.to_str().unwrap();
+        assert!(run(make, &[], &["p/x/CMakeLists.txt", "p/x/src/a.c", "p/y/b.c"]));
+        assert!(run(UNPACK, &["p/x/", into], &[]));
+        assert_eq!(fs::read_to_string(target.join("src/a.c")).unwrap(), "ok");
+        assert!(target.join("CMakeLists.txt").is_file() && !target.join("b.c").exists());
+        assert!(run(make, &[], &["p/x/../../../out.c"]));
+        assert!(!run(UNPACK, &["p/x/", into], &[]), "a member led out of the folder");
+    }
+}

@@ -1,0 +1,131 @@
+//! llama.cpp's figures: its own two benchmark programs, and what they print.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde::Deserialize;
+
+use super::plan::{Figure, Plan};
+use crate::bench::child::Job;
+use crate::failure::Failure;
+use crate::models::Cancel;
+
+/// llama.cpp gives each sequence a context that is a multiple of this.
+const CONTEXT_STEP: usize = 256;
+
+/// llama.cpp's benchmark programs, ready to run.
+#[derive(Clone, Debug)]
+pub(super) struct Llama {
+    /// `llama-bench`.
+    pub(super) bench: PathBuf,
+    /// `llama-batched-bench`.
+    pub(super) batched: PathBuf,
+    /// A folder for what they print.
+    pub(super) words: PathBuf,
+}
+
+/// A line of `llama-bench -o json`.
+#[derive(Debug, Deserialize)]
+struct BenchRow {
+    n_prompt: usize,
+    n_gen: usize,
+    samples_ts: Vec<f64>,
+}
+
+/// A line of `llama-batched-bench --output-format jsonl`.
+#[derive(Debug, Deserialize)]
+struct BatchRow {
+    pl: usize,
+    speed_tg: f64,
+}
+
+impl Llama {
+    /// Runs both programs once.
+    ///
+    /// # Errors
+    /// When one fails, prints something else than figures, leaves one out, or `cancel` is set.
+    pub(super) fn measure(
+        &self,
+        model: &Path,
+        threads: usize,
+        plan: &Plan,
+        cancel: &Cancel,
+    ) -> Result<BTreeMap<Figure, f64>, Failure> {
+        let threads = threads.to_string();
+        let mut bench = Command::new(&self.bench);
+        bench.arg("-m").arg(model).args(["-t", &threads, "-r", "1", "-o", "json"]);
+        bench.args(["-p", &plan.prompt_tokens.to_string(), "-n", &plan.gen_tokens.to_string()]);
+        let mut found = parse_bench(&self.run("llama-bench", bench, cancel)?, plan)?;
+
+        let mut batched = Command::new(&self.batched);
+        batched.arg("-m").arg(model).args(["-t", &threads, "-tb", &threads]);
+        batched.args(["-npp", &plan.batch_prompt_tokens.to_string()]);
+        batched.args(["-ntg", &plan.batch_gen_tokens.to_string()]);
+        let sizes: Vec<String> = plan.batches.iter().map(usize::to_string).collect();
+        batched.args(["-npl", &sizes.join(",")]);
+        let context = plan.batch_tokens().next_multiple_of(CONTEXT_STEP);
+        batched.args(["-c", &context.to_string(), "--output-format", "jsonl"]);
+        found.append(&mut parse_batched(&self.run("llama-batched-bench", batched, cancel)?)?);
+
+        match plan.figures().into_iter().find(|figure| !found.contains_key(figure)) {
+            None => Ok(found),
+            Some(figure) => {
+                let name = plan.name(figure);
+                Err(Failure::Failed(format!("llama.cpp gave no figure for {name}")))
+            }
+        }
+    }
+
+    fn run(&self, name: &str, command: Command, cancel: &Cancel) -> Result<String, Failure> {
+        let out = self.words.join(format!("{name}.out"));
+        let err = self.words.join(format!("{name}.err"));
+        Job { doing: name, command, out: out.clone(), err }.run(cancel, &mut |_| ())?;
+        fs::read_to_string(&out)
+            .map_err(|error| Failure::Failed(format!("cannot read {}: {error}", out.display())))
+    }
+}
+
+fn parse_bench(text: &str, plan: &Plan) -> Result<BTreeMap<Figure, f64>, Failure> {
+    let rows: Vec<BenchRow> = serde_json::from_str(text).map_err(|error| {
+        Failure::Failed(format!("llama-bench printed no table in JSON: {error}"))
+    })?;
+    let mut found = BTreeMap::new();
+    for row in rows {
+        let figure = match (row.n_prompt, row.n_gen) {
+            (prompt, 0) if prompt == plan.prompt_tokens => Figure::Prefill,
+            (0, generated) if generated == plan.gen_tokens => Figure::Decode,
+            _ => continue,
+        };
+        if let [sample] = row.samples_ts[..] {
+            found.insert(figure, sound("llama-bench", sample)?);
+        }
+    }
+    Ok(found)
+}
+
+fn parse_batched(text: &str) -> Result<BTreeMap<Figure, f64>, Failure> {
+    // Other lines, empty ones among them, surround the figures.
+    text.lines()
+        .filter(|line| line.starts_with('{'))
+        .map(|line| {
+            let row: BatchRow = serde_json::from_str(line).map_err(|error| {
+                Failure::Failed(format!("llama-batched-bench printed a line like no other: {error}"))
+            })?;
+            Ok((Figure::Batch(row.pl), sound("llama-batched-bench", row.speed_tg)?))
+        })
+        .collect()
+}
+
+fn sound(program: &str, rate: f64) -> Result<f64, Failure> {
+    if rate.is_finite() && rate > 0.0 {
+        return Ok(rate);
+    }
+    Err(Failure::Failed(format!("{program} printed {rate} tokens a second")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+}

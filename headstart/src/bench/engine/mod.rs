@@ -1,0 +1,292 @@
+//! `headstart bench engine`: the engine alone, through the path that nodes run, beside the memory's
+//! limit and, if wanted, beside llama.cpp on the same file.
+
+mod bandwidth;
+mod build;
+mod llama;
+mod ours;
+mod plan;
+mod report;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use headstart_engine::model::WeightDtype;
+
+use crate::bench::machine::{self, Processor};
+use crate::bench::stats::Summary;
+use crate::bench::steps::Steps;
+use crate::failure::Failure;
+use crate::models::cache::Check;
+use crate::models::command::fetch_all;
+use crate::models::{Cancel, Local, Spec};
+
+use self::bandwidth::Bandwidth;
+use self::llama::Llama;
+use self::ours::Ours;
+use self::plan::{Figure, Plan};
+use self::report::{FigureReport, MachineReport, MemoryReport, ModelReport, Report};
+
+/// After an interrupt, what still runs has so long to end its programs.
+const LEAVE_WITHIN: Duration = Duration::from_secs(3);
+
+/// Measure the engine: prompts, decoding, batches, and how near memory's limit it is.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  headstart bench engine --model smollm2
+  headstart bench engine --model smollm2 --against llama.cpp --threads 2 --json bench.json
+  headstart bench engine --model ./large.gguf --pp 128 --tg 32 --batches 1,16
+
+pp512: tokens/s of reading a prompt of 512 tokens. tg128: tokens/s of one sequence writing 128.
+batch N: tokens/s of N sequences together, each writing 48 after a prompt of 32.
+
+Run it on a machine that is otherwise idle. What the figures mean: docs/performance.md.")]
+pub struct EngineArgs {
+    /// The model: a path, a short name (see `headstart models list`), or hf:owner/repo[:file.gguf]
+    #[arg(long, value_name = "SPEC")]
+    model: Spec,
+    /// Threads that compute [default: all cores]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    threads: Option<usize>,
+    /// How weights are kept: auto (as the file has them), f32 or bf16
+    #[arg(long, value_name = "DTYPE", default_value_t = WeightDtype::Auto)]
+    dtype: WeightDtype,
+    /// Rounds; each measures every figure once
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
+    repetitions: usize,
+    /// Measure this engine too, in turn with ours; built on its first use
+    #[arg(long, value_enum, value_name = "ENGINE")]
+    against: Option<Against>,
+    /// Write everything that was measured to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Tokens of the prompt
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = tokens)]
+    pp: usize,
+    /// Tokens that one sequence writes alone
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = tokens)]
+    tg: usize,
+    /// Sequences that write together
+    #[arg(long, value_name = "N,…", default_value = "1,4,8,16", value_delimiter = ',',
+        value_parser = batch)]
+    batches: Vec<usize>,
+}
+
+/// Another engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Against {
+    /// Its own benchmark programs, from the Python source package
+    #[value(name = "llama.cpp")]
+    LlamaCpp,
+}
+
+impl EngineArgs {
+    fn plan(&self) -> Plan {
+        let mut batches = self.batches.clone();
+        batches.sort_unstable();
+        batches.dedup();
+        Plan { prompt_tokens: self.pp, gen_tokens: self.tg, batches, ..Plan::default() }
+    }
+
+    fn threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        self.threads.unwrap_or_else(cores)
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When the model cannot be had or run, llama.cpp cannot be built or run, or the JSON file cannot be
+/// written; the latter is found out before anything is measured.
+pub async fn run(args: EngineArgs) -> Result<(), Failure> {
+    if let Some(path) = &args.json {
+        check_writable(path)?;
+    }
+    let local = fetch_all(vec![args.model.clone()], Check::Size).await?.pop();
+    let local = local.ok_or_else(|| Failure::Failed("fetching brought no model".to_owned()))?;
+    let (cancel, json) = (Cancel::default(), args.json.clone());
+    let flag = cancel.clone();
+    let mut work = tokio::task::spawn_blocking(move || measure(&args, &local, &flag));
+    let joined = tokio::select! {
+        joined = &mut work => joined,
+        _ = tokio::signal::ctrl_c() => {
+            cancel.cancel();
+            let interrupted = || Failure::Interrupted("the benchmark was interrupted".to_owned());
+            // Loading a model does not look at the flag; it ends with the process.
+            tokio::time::timeout(LEAVE_WITHIN, work).await.map_err(|_| interrupted())?
+        }
+    };
+    let measured = joined.map_err(|error| Failure::Failed(format!("measuring failed: {error}")))?;
+    let report = measured?;
+    anstream::print!("{}", report.table());
+    json.map_or(Ok(()), |path| write_json(&path, &report))
+}
+
+/// Both engines' samples, and the machine's.
+struct Samples {
+    ours: BTreeMap<Figure, Vec<f64>>,
+    theirs: BTreeMap<Figure, Vec<f64>>,
+    bandwidth: Vec<f64>,
+    buffer_bytes: usize,
+    resident_bytes_max: Option<u64>,
+}
+
+fn measure(args: &EngineArgs, local: &Local, cancel: &Cancel) -> Result<Report, Failure> {
+    let llama = match args.against {
+        None => None,
+        Some(Against::LlamaCpp) if local.path.is_file() => Some(build::llama(cancel)?),
+        Some(Against::LlamaCpp) => {
+            let path = local.path.display();
+            let message = format!("--against llama.cpp needs a GGUF file; {path} is a directory");
+            return Err(Failure::Usage(message));
+        }
+    };
+    let plan = args.plan();
+    let mut ours = Ours::load(&local.path, args.dtype, args.threads(), &plan)?;
+    let samples = sample(args, local, &plan, &mut ours, llama.as_ref(), cancel)?;
+    report(args, local, &plan, &ours, samples)
+}
+
+/// Round after round: ours, the memory, theirs.
+fn sample(
+    args: &EngineArgs,
+    local: &Local,
+    plan: &Plan,
+    ours: &mut Ours,
+    llama: Option<&Llama>,
+    cancel: &Cancel,
+) -> Result<Samples, Failure> {
+    let mut steps = Steps::start(&format!("measuring {}", local.name), args.repetitions as u64);
+    let mut samples = Samples {
+        ours: BTreeMap::new(),
+        theirs: BTreeMap::new(),
+        bandwidth: Vec::new(),
+        buffer_bytes: 0,
+        resident_bytes_max: None,
+    };
+    let mut memory = None;
+    steps.at(0, "warming up");
+    ours.warm_up(plan, cancel)?;
+    for round in 0..args.repetitions {
+        for figure in plan.figures() {
+            steps.at(round as u64, &plan.name(figure));
+            let rate = match figure {
+                Figure::Prefill => ours.prefill(plan.prompt_tokens, cancel),
+                Figure::Decode => ours.decode(plan.gen_tokens, cancel),
+                Figure::Batch(batch) => {
+                    ours.batch(batch, plan.batch_prompt_tokens, plan.batch_gen_tokens, cancel)
+                }
+            }?;
+            samples.ours.entry(figure).or_default().push(rate);
+        }
+        steps.at(round as u64, "memory");
+        let memory = memory.get_or_insert_with(|| {
+            // Before the buffer is there, which is no part of the engine.
+            samples.resident_bytes_max = machine::resident_bytes_max();
+            Bandwidth::new(args.threads())
+        });
+        samples.buffer_bytes = memory.bytes();
+        samples.bandwidth.push(memory.sample());
+        if let Some(llama) = llama {
+            steps.at(round as u64, "llama.cpp");
+            for (figure, rate) in llama.measure(&local.path, args.threads(), plan, cancel)? {
+                samples.theirs.entry(figure).or_default().push(rate);
+            }
+        }
+        steps.at(round as u64 + 1, "");
+    }
+    Ok(samples)
+}
+
+fn report(
+    args: &EngineArgs,
+    local: &Local,
+    plan: &Plan,
+    ours: &Ours,
+    mut samples: Samples,
+) -> Result<Report, Failure> {
+    let nothing = || Failure::Failed("nothing was measured".to_owned());
+    let mut figures = Vec::new();
+    for figure in plan.figures() {
+        let summary = samples.ours.remove(&figure).and_then(Summary::of).ok_or_else(nothing)?;
+        let theirs = samples.theirs.remove(&figure).and_then(Summary::of);
+        figures.push(FigureReport::new(plan.name(figure), summary, theirs));
+    }
+    let bandwidth = Summary::of(samples.bandwidth).ok_or_else(nothing)?;
+    let decode = figures.iter().find(|figure| figure.name == plan.name(Figure::Decode));
+    let decode_rate = decode.map(|figure| figure.ours.median).ok_or_else(nothing)?;
+    let decode_bytes_per_second = decode_rate * ours.decode_bytes as f64;
+    Ok(Report {
+        version: env!("CARGO_PKG_VERSION"),
+        model: ModelReport {
+            name: local.name.clone(),
+            path: local.path.clone(),
+            file_bytes: file_bytes(&local.path),
+            dtype: args.dtype.to_string(),
+            weight_bytes: ours.weight_bytes,
+            decode_bytes: ours.decode_bytes,
+        },
+        machine: MachineReport { processor: Processor::this().name, threads: args.threads() },
+        repetitions: args.repetitions,
+        against: args.against.map(|Against::LlamaCpp| build::PACKAGE.to_owned()),
+        figures,
+        memory: MemoryReport {
+            decode_share: decode_bytes_per_second / bandwidth.median,
+            bandwidth,
+            buffer_bytes: samples.buffer_bytes,
+            decode_bytes_per_second,
+            resident_bytes_max: samples.resident_bytes_max,
+            kv_tokens: plan.kv_tokens(),
+            kv_bytes: ours.kv_bytes,
+        },
+    })
+}
+
+/// Bytes of a model file, or of the weights in a directory.
+fn file_bytes(path: &Path) -> u64 {
+    let size = |path: &Path| fs::metadata(path).map_or(0, |meta| meta.len());
+    let Ok(entries) = fs::read_dir(path) else {
+        return size(path);
+    };
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    paths.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).map(|p| size(&p)).sum()
+}
+
+/// Creates the file if it is not there; what is in it stays.
+fn check_writable(path: &Path) -> Result<(), Failure> {
+    let opened = fs::File::options().create(true).append(true).open(path);
+    let failed = |error| Failure::Usage(format!("--json: cannot write {}: {error}", path.display()));
+    opened.map(|_| ()).map_err(failed)
+}
+
+fn write_json(path: &Path, report: &Report) -> Result<(), Failure> {
+    let failed = |error: &dyn std::fmt::Display| {
+        Failure::Failed(format!("cannot write {}: {error}", path.display()))
+    };
+    let text = serde_json::to_string_pretty(report).map_err(|error| failed(&error))?;
+    fs::write(path, text + "\n").map_err(|error| failed(&error))
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    between(text, 1, 1 << 10)
+}
+
+fn tokens(text: &str) -> Result<usize, String> {
+    between(text, 1, 1 << 16)
+}
+
+fn batch(text: &str) -> Result<usize, String> {
+    between(text, 1, 1 << 8)
+}
+
+fn between(text: &str, min: usize, max: usize) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if (min..=max).contains(&number) => Ok(number),
+        _ => Err(format!("expected an integer from {min} to {max}")),
+    }
+}

@@ -1,0 +1,9 @@
+//! The command line of Headstart: a whole cluster on one machine, a chat with it, and the models
+//! it runs on.
+
+pub mod chat;
+pub mod cli;
+pub mod demo;
+pub mod failure;
+pub mod models;
+pub mod up;

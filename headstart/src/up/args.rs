@@ -1,0 +1,307 @@
+//! What `headstart up` can be told: flags over `HEADSTART_*` variables over a TOML file over the
+//! defaults.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use clap::Parser;
+use headstart_engine::EngineOptions;
+use headstart_engine::model::WeightDtype;
+use headstart_router::{Encoding, OnDraftComplete, OnNoBase, OnNoDrafter, RouterOptions};
+use headstart_service::config::{self, CommonOptions, ConfigError};
+
+use crate::models::Spec;
+
+/// Nodes of a tier in one process.
+const NODES_MAX: u32 = 64;
+/// KV tokens of a node that nobody asked for explicitly are no more than these.
+const KV_TOKENS_DEFAULT_MAX: usize = 32 << 10;
+
+/// Run a whole cluster on this machine: drafters, bases and the router.
+#[derive(Parser, Clone, Debug)]
+#[command(
+    name = "headstart up",
+    version,
+    after_help = "\
+Examples:
+  headstart up --drafter smollm2 --base qwen2.5-coder
+  headstart up --drafter smollm2 --base smollm2 --drafters 2 --bases 2 --window 4 --threshold 0.55
+  headstart up --drafter hf:owner/small-instruct --base ./large.gguf --http 0.0.0.0:8080
+  headstart up --config headstart.toml
+
+A model SPEC is a path (a .gguf file, or a directory in Hugging Face layout), a short name (see
+`headstart models list`), or hf:owner/repo[@revision][:file.gguf].
+
+Every option can stand in a TOML file (`draft-tokens-max = 256`) or in the environment
+(`HEADSTART_DRAFT_TOKENS_MAX=256`); a flag wins over the environment, the environment over the file.
+
+The cluster runs until Ctrl-C; then it takes no new requests, finishes those that run, and exits."
+)]
+pub struct UpOptions {
+    /// The model that begins answers
+    #[arg(long, value_name = "SPEC", env = "HEADSTART_DRAFTER", help_heading = "Models")]
+    pub drafter: Spec,
+    /// The model that takes over
+    #[arg(long, value_name = "SPEC", env = "HEADSTART_BASE", help_heading = "Models")]
+    pub base: Spec,
+    /// The name clients use for the drafter [default: from its SPEC]
+    #[arg(long, value_name = "NAME", env = "HEADSTART_DRAFTER_NAME", value_parser = model_name,
+        help_heading = "Models")]
+    pub drafter_name: Option<String>,
+    /// The name clients use for the base [default: from its SPEC]
+    #[arg(long, value_name = "NAME", env = "HEADSTART_BASE_NAME", value_parser = model_name,
+        help_heading = "Models")]
+    pub base_name: Option<String>,
+    /// How weights are kept: auto (as the file has them), f32 or bf16
+    #[arg(long, value_name = "DTYPE", env = "HEADSTART_DTYPE", default_value_t = WeightDtype::Auto,
+        help_heading = "Models")]
+    pub dtype: WeightDtype,
+    /// The prompt that a base reads
+    #[arg(long, value_enum, env = "HEADSTART_BASE_PROMPT", default_value_t = BasePromptChoice::Plain,
+        help_heading = "Models")]
+    pub base_prompt: BasePromptChoice,
+
+    /// Drafter-nodes; they share one copy of the weights
+    #[arg(long, value_name = "N", env = "HEADSTART_DRAFTERS", default_value_t = 1,
+        value_parser = nodes(), help_heading = "Nodes")]
+    pub drafters: u32,
+    /// Base-nodes; they share one copy of the weights
+    #[arg(long, value_name = "N", env = "HEADSTART_BASES", default_value_t = 1,
+        value_parser = nodes(), help_heading = "Nodes")]
+    pub bases: u32,
+    /// Threads that compute, for each node [default: all cores]
+    #[arg(long, value_name = "N", env = "HEADSTART_THREADS", value_parser = positive,
+        help_heading = "Nodes")]
+    pub threads: Option<usize>,
+    /// Requests that a node runs at once
+    #[arg(long, value_name = "N", env = "HEADSTART_SLOTS", value_parser = positive,
+        default_value_t = 16, help_heading = "Nodes")]
+    pub slots: usize,
+    /// Tokens that a node's KV cache holds [default: the slots' contexts, up to 32768]
+    #[arg(long, value_name = "N", env = "HEADSTART_KV_TOKENS", value_parser = positive,
+        help_heading = "Nodes")]
+    pub kv_tokens: Option<usize>,
+    /// Tokens that a node computes in one step at most
+    #[arg(long, value_name = "N", env = "HEADSTART_STEP_TOKENS", value_parser = positive,
+        default_value_t = EngineOptions::default().step_tokens, help_heading = "Nodes")]
+    pub step_tokens: usize,
+
+    /// Draft tokens that the base judges together (w)
+    #[arg(long, value_name = "W", env = "HEADSTART_WINDOW",
+        default_value_t = RouterOptions::default().window, help_heading = "Decoding")]
+    pub window: u32,
+    /// How likely the base must find them to take over (γ), above 0 and at most 1
+    #[arg(long, value_name = "G", env = "HEADSTART_THRESHOLD",
+        default_value_t = RouterOptions::default().threshold, help_heading = "Decoding")]
+    pub threshold: f32,
+    /// The longest draft, in the drafter's tokens
+    #[arg(long, value_name = "N", env = "HEADSTART_DRAFT_TOKENS_MAX",
+        default_value_t = RouterOptions::default().draft_tokens_max, help_heading = "Decoding")]
+    pub draft_tokens_max: u32,
+    /// The drafter's temperature; 0 always takes the likeliest token
+    #[arg(long, value_name = "T", env = "HEADSTART_DRAFT_TEMPERATURE",
+        default_value_t = RouterOptions::default().draft_temperature, help_heading = "Decoding")]
+    pub draft_temperature: f32,
+    /// How drafts travel
+    #[arg(long, value_enum, env = "HEADSTART_ENCODING", default_value_t = Encoding::Auto,
+        help_heading = "Decoding")]
+    pub encoding: Encoding,
+    /// When no drafter is up
+    #[arg(long, value_enum, env = "HEADSTART_ON_NO_DRAFTER", default_value_t = OnNoDrafter::Reject,
+        help_heading = "Decoding")]
+    pub on_no_drafter: OnNoDrafter,
+    /// When no base is up
+    #[arg(long, value_enum, env = "HEADSTART_ON_NO_BASE", default_value_t = OnNoBase::Reject,
+        help_heading = "Decoding")]
+    pub on_no_base: OnNoBase,
+    /// When a draft ends by itself before the base takes over
+    #[arg(long, value_enum, env = "HEADSTART_ON_DRAFT_COMPLETE",
+        default_value_t = OnDraftComplete::Continue, help_heading = "Decoding")]
+    pub on_draft_complete: OnDraftComplete,
+
+    /// Where HTTP is served
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        env = "HEADSTART_HTTP",
+        default_value = "127.0.0.1:8080",
+        help_heading = "Doors"
+    )]
+    pub http: SocketAddr,
+    /// Where gRPC is served
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        env = "HEADSTART_GRPC",
+        default_value = "127.0.0.1:50051",
+        help_heading = "Doors"
+    )]
+    pub grpc: SocketAddr,
+    /// Answers in flight at once; more are refused
+    #[arg(long, value_name = "N", env = "HEADSTART_IN_FLIGHT_MAX",
+        default_value_t = RouterOptions::default().in_flight_max, help_heading = "Doors")]
+    pub in_flight_max: u32,
+    /// etcd endpoints; membership is kept in memory without them
+    #[arg(
+        long,
+        value_name = "ENDPOINTS",
+        env = "HEADSTART_ETCD",
+        value_delimiter = ',',
+        help_heading = "Doors"
+    )]
+    pub etcd: Vec<String>,
+    /// The cluster's name in etcd
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "HEADSTART_CLUSTER",
+        default_value = "default",
+        help_heading = "Doors"
+    )]
+    pub cluster: String,
+    /// Until running requests must have finished when the cluster stops
+    #[arg(long, value_name = "DURATION", env = "HEADSTART_DRAIN_TIMEOUT",
+        value_parser = config::duration, default_value = "30s", help_heading = "Doors")]
+    pub drain_timeout: Duration,
+    /// The options of every binary
+    #[command(flatten)]
+    pub common: CommonOptions,
+}
+
+/// The prompt that a base reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum BasePromptChoice {
+    /// The plain one, for a base that was never tuned to chat
+    Plain,
+    /// Its own chat template
+    Chat,
+}
+
+impl UpOptions {
+    /// The router's options, checked.
+    ///
+    /// # Errors
+    /// A sentence that names the field.
+    pub fn router(&self) -> Result<RouterOptions, String> {
+        let options = RouterOptions {
+            window: self.window,
+            threshold: self.threshold,
+            draft_tokens_max: self.draft_tokens_max,
+            draft_temperature: self.draft_temperature,
+            encoding: self.encoding,
+            on_no_drafter: self.on_no_drafter,
+            on_no_base: self.on_no_base,
+            on_draft_complete: self.on_draft_complete,
+            in_flight_max: self.in_flight_max,
+            drain_timeout: self.drain_timeout,
+            ..RouterOptions::default()
+        };
+        options.validate()?;
+        Ok(options)
+    }
+
+    /// Tokens that a node's KV cache holds, for a model with this context.
+    #[must_use]
+    pub fn kv_tokens(&self, context_length: usize) -> usize {
+        let wanted = context_length.saturating_mul(self.slots);
+        self.kv_tokens.unwrap_or_else(|| wanted.min(KV_TOKENS_DEFAULT_MAX))
+    }
+
+    /// Threads of each node.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        self.threads.unwrap_or_else(cores)
+    }
+}
+
+/// Reads the options from `args` (without the program's name), the environment and the file.
+///
+/// # Errors
+/// What is wrong, by name.
+pub fn parse(args: &[std::ffi::OsString]) -> Result<UpOptions, ConfigError> {
+    let name = std::ffi::OsString::from("headstart up");
+    let options: UpOptions = config::parse_from(std::iter::once(&name).chain(args))?;
+    Ok(options)
+}
+
+fn nodes() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=i64::from(NODES_MAX))
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if number > 0 => Ok(number),
+        _ => Err("expected an integer of at least 1".to_owned()),
+    }
+}
+
+fn model_name(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.contains(['@', ' ']) {
+        return Err("expected a name without `@` and spaces".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(flags: &[&str]) -> Result<UpOptions, String> {
+        let models = ["--drafter", "smollm2", "--base", "./big"];
+        let args: Vec<_> = models.iter().chain(flags).map(std::ffi::OsString::from).collect();
+        parse(&args).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_defaults_are_the_routers_and_the_nodes() {
+        let options = parsed(&[]).unwrap();
+        assert_eq!(options.router().unwrap(), RouterOptions::default());
+        assert_eq!((options.drafters, options.bases), (1, 1));
+        assert_eq!(options.http.to_string(), "127.0.0.1:8080");
+        assert_eq!(options.kv_tokens(512), 16 * 512);
+        assert_eq!(options.kv_tokens(1 << 17), KV_TOKENS_DEFAULT_MAX);
+    }
+
+    #[test]
+    fn flags_reach_the_router() {
+        let flags = ["--window=4", "--threshold=0.55", "--encoding=text", "--drain-timeout=2m"];
+        let options = parsed(&[&flags[..], &["--on-no-drafter=base_only"]].concat()).unwrap();
+        let router = options.router().unwrap();
+        assert_eq!((router.window, router.threshold), (4, 0.55));
+        assert_eq!(router.encoding, Encoding::Text);
+        assert_eq!(router.on_no_drafter, OnNoDrafter::BaseOnly);
+        assert_eq!(router.drain_timeout, Duration::from_secs(120));
+    }
+
+    #[test]
+    fn a_file_may_hold_everything() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = "drafter = 'smollm2'\nbase = 'qwen2.5-coder'\nwindow = 3\netcd = ['a:1', 'b:2']";
+        std::fs::write(&file, text).unwrap();
+        let config = format!("--config={}", file.path().display());
+        let options = parse(&[config.into(), "--window=5".into()]).unwrap();
+        assert_eq!(options.base.to_string(), "qwen2.5-coder");
+        assert_eq!((options.window, options.etcd.len()), (5, 2));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (flags, field, expected) in [
+            (&["--drafters=0"][..], "--drafters", "0 is not in 1..=64"),
+            (&["--threads=0"], "--threads", "at least 1"),
+            (&["--base-name=a@b"], "--base-name", "without `@`"),
+            (&["--dtype=int3"], "--dtype", "f32"),
+            (&["--http=nowhere"], "--http", "invalid"),
+            (&["--encoding=runes"], "--encoding", "possible values: auto, ids, text"),
+            (&["--drafter=smollm3"], "--drafter", "short name (smollm2, qwen2.5-coder)"),
+        ] {
+            let message = parsed(flags).unwrap_err();
+            assert!(message.contains(field) && message.contains(expected), "{flags:?}: {message}");
+        }
+        let message = parsed(&["--threshold=1.5"]).unwrap().router().unwrap_err();
+        assert!(message.contains("threshold") && message.contains("1.5"), "{message}");
+        let message = parse(&[]).unwrap_err().to_string();
+        assert!(message.contains("--drafter") && message.contains("--base"), "{message}");
+    }
+}

@@ -1,0 +1,94 @@
+//! Models into memory, with progress; one copy for all nodes that run the same one.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use headstart_engine::model::{LoadOptions, Model};
+use headstart_text::{BasePrompt, ModelText};
+
+use super::args::{BasePromptChoice, UpOptions};
+use crate::failure::Failure;
+use crate::models::Local;
+use crate::models::cache::Check;
+use crate::models::command::fetch_all;
+use crate::models::progress::{Progress, Show, human_bytes};
+
+/// What a tier's nodes run.
+#[derive(Clone, Debug)]
+pub(super) struct Loaded {
+    /// The name clients use.
+    pub(super) name: String,
+    pub(super) model: Arc<Model>,
+    pub(super) text: ModelText,
+}
+
+/// Both tiers' models, the drafter's first.
+pub(super) async fn load(options: &UpOptions) -> Result<(Loaded, Loaded), Failure> {
+    let specs = vec![options.drafter.clone(), options.base.clone()];
+    let mut locals = fetch_all(specs, Check::Size).await?;
+    let (base, drafter) = (locals.pop(), locals.pop());
+    let (Some(drafter), Some(base)) = (drafter, base) else {
+        return Err(Failure::Failed("fetching brought no models".to_owned()));
+    };
+    let options = options.clone();
+    let work = move || both(&options, &drafter, &base);
+    match tokio::task::spawn_blocking(work).await {
+        Ok(loaded) => loaded,
+        Err(error) => Err(Failure::Failed(format!("loading failed: {error}"))),
+    }
+}
+
+fn both(options: &UpOptions, drafter: &Local, base: &Local) -> Result<(Loaded, Loaded), Failure> {
+    let base_prompt = match options.base_prompt {
+        BasePromptChoice::Plain => BasePrompt::Plain,
+        BasePromptChoice::Chat => BasePrompt::Chat,
+    };
+    // Text first: it is quick, and what is wrong with it is known before the long load.
+    let drafter_text = text(&drafter.path)?;
+    let base_text = text(&base.path)?.with_base_prompt(base_prompt);
+    let base_text = base_text.map_err(|error| failed(&base.path, &error))?;
+    let drafter_model = model(options, drafter)?;
+    let base_model = match drafter.path == base.path {
+        true => Arc::clone(&drafter_model),
+        false => model(options, base)?,
+    };
+    let named = |name: &Option<String>, local: &Local| name.clone().unwrap_or(local.name.clone());
+    Ok((
+        Loaded {
+            name: named(&options.drafter_name, drafter),
+            model: drafter_model,
+            text: drafter_text,
+        },
+        Loaded { name: named(&options.base_name, base), model: base_model, text: base_text },
+    ))
+}
+
+fn text(path: &Path) -> Result<ModelText, Failure> {
+    ModelText::load(path).map_err(|error| failed(path, &error))
+}
+
+fn model(options: &UpOptions, local: &Local) -> Result<Arc<Model>, Failure> {
+    let load = LoadOptions { dtype: options.dtype, threads: options.threads() };
+    let progress = Progress::start(Show::Progress, &format!("loading {}", local.name), 0);
+    let model = Model::load(&local.path, load, &mut |so_far| {
+        progress.set_total(so_far.bytes_total);
+        progress.set(so_far.bytes_loaded);
+    })
+    .map_err(|error| failed(&local.path, &error))?;
+    progress.finish();
+    tracing::info!(
+        model = local.name,
+        weights = human_bytes(model.weight_bytes() as u64),
+        "loaded"
+    );
+    Ok(Arc::new(model))
+}
+
+/// Errors of the formats name their file; the others are told which one it was.
+fn failed(path: &Path, error: &dyn std::fmt::Display) -> Failure {
+    let (path, error) = (path.display().to_string(), error.to_string());
+    if error.contains(&path) {
+        return Failure::Failed(error);
+    }
+    Failure::Failed(format!("{path}: {error}"))
+}

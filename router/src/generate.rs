@@ -1,0 +1,457 @@
+//! The life of a request, whichever door it came through: admit, pick, render, check lengths, and
+//! one task that owns everything until the last token. Dropping the [`Generation`] ends the task,
+//! and with it both nodes' streams, the places on them and the place in the router.
+
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use headstart_cluster::{NodeRecord, View};
+use headstart_proto::{Epoch, Error, ErrorCode, RequestId, v1};
+use headstart_text::{ModelText, Tokenizer};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
+
+use crate::answer::Answer;
+use crate::ask::Ask;
+use crate::attempt::{Attempt, AttemptPlan, DraftPlan, Patience};
+use crate::frames::{FinishReason, ServeEvent, Source};
+use crate::metrics::Metrics;
+use crate::nodes::Nodes;
+use crate::options::{OnNoDrafter, RouterOptions};
+use crate::outbox::{Event, Inbox, Outbox, Summary, outbox};
+use crate::prompts::{self, Prompts};
+use crate::route::{self, ModelEntry, Wish};
+use crate::texts::Texts;
+
+/// What every request shares.
+#[derive(Debug)]
+pub(crate) struct Core {
+    /// What the operator set.
+    pub(crate) options: RouterOptions,
+    /// What is measured.
+    pub(crate) metrics: Metrics,
+    nodes: Nodes,
+    texts: Texts,
+    view: watch::Receiver<Arc<View>>,
+    admission: Arc<Semaphore>,
+    /// No new requests are taken.
+    pub(crate) draining: CancellationToken,
+    /// Live requests are cut off.
+    pub(crate) cut: CancellationToken,
+    /// The tasks of live requests.
+    pub(crate) tasks: TaskTracker,
+}
+
+/// What is known of a request before its first token.
+#[derive(Clone, Debug)]
+pub(crate) struct Head {
+    /// The request.
+    pub(crate) request_id: RequestId,
+    /// Seconds since 1970.
+    pub(crate) created: u64,
+    /// The model as the client named it.
+    pub(crate) model: Arc<str>,
+    /// The base's model name.
+    pub(crate) base: Arc<str>,
+    /// The drafter's model name; `None` where no drafter takes part.
+    pub(crate) drafter: Option<Arc<str>>,
+    /// The base's prompt.
+    pub(crate) prompt_ids: Arc<[u32]>,
+    /// The base's tokenizer.
+    pub(crate) tokenizer: Tokenizer,
+    /// Answers asked for.
+    pub(crate) choices: u32,
+}
+
+impl Head {
+    /// Tokens of the base's prompt.
+    pub(crate) fn prompt_tokens(&self) -> u32 {
+        u32::try_from(self.prompt_ids.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Who begins the answers.
+    pub(crate) fn first_source(&self) -> Source {
+        if self.drafter.is_some() { Source::Drafter } else { Source::Base }
+    }
+}
+
+/// A request that runs. Dropping it ends it everywhere.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    /// What is known of it.
+    pub(crate) head: Head,
+    /// What happens in it.
+    pub(crate) inbox: Inbox,
+    _task: AbortOnDropHandle<()>,
+}
+
+/// Counts a request's outcome once, whatever way it ends.
+struct Outcome {
+    core: Arc<Core>,
+    error: Option<ErrorCode>,
+}
+
+impl Drop for Outcome {
+    fn drop(&mut self) {
+        self.core.metrics.ended(self.error);
+    }
+}
+
+/// A request's place in the router; dropping it gives the place back.
+struct Admitted {
+    core: Arc<Core>,
+    choices: u32,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.core.metrics.in_flight(-f64::from(self.choices));
+    }
+}
+
+impl Core {
+    /// A core that knows the nodes in `view`.
+    pub(crate) fn new(options: RouterOptions, view: watch::Receiver<Arc<View>>) -> Arc<Self> {
+        Arc::new(Self {
+            metrics: Metrics::new(),
+            nodes: Nodes::new(options.connect_timeout),
+            texts: Texts::new(options.texts_max, options.read_timeout),
+            view,
+            admission: Arc::new(Semaphore::new(options.in_flight_max as usize)),
+            draining: CancellationToken::new(),
+            cut: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            options,
+        })
+    }
+
+    fn view(&self) -> Arc<View> {
+        Arc::clone(&self.view.borrow())
+    }
+
+    /// A base and a drafter that take new work are known.
+    pub(crate) fn is_ready(&self) -> bool {
+        let view = self.view();
+        let up = |tier| view.tier(tier).any(|record| !record.draining);
+        let drafter = up(headstart_cluster::Tier::Drafter)
+            || self.options.on_no_drafter == OnNoDrafter::BaseOnly;
+        up(headstart_cluster::Tier::Base) && drafter && !self.draining.is_cancelled()
+    }
+
+    /// The names clients may use.
+    pub(crate) fn models(&self) -> Vec<ModelEntry> {
+        let view = self.view();
+        route::models(&self.nodes.snapshot(&view), self.options.encoding)
+    }
+
+    /// Follows the view until `self.cut`: forgets nodes that left, and fetches the texts of those
+    /// that came, so that the first request finds them.
+    pub(crate) async fn follow_view(self: Arc<Self>) {
+        let mut changes = self.view.clone();
+        loop {
+            let view = Arc::clone(&changes.borrow_and_update());
+            self.nodes.retain(&view);
+            let warm = async {
+                for record in view.nodes.values().filter(|record| !record.draining) {
+                    if let Err(error) = self.texts.get(record, &self.nodes, &view).await {
+                        tracing::debug!(%error, "could not fetch a tokenizer ahead of requests");
+                    }
+                }
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                () = self.cut.cancelled() => return,
+                changed = changes.changed() => if changed.is_err() { return },
+                () = warm => {}
+            }
+        }
+    }
+
+    /// Starts a request.
+    ///
+    /// # Errors
+    /// Everything that can be told before a node is asked for an answer.
+    pub(crate) async fn generate(self: &Arc<Self>, ask: Ask) -> Result<Generation, Error> {
+        let mut outcome = Outcome { core: Arc::clone(self), error: Some(ErrorCode::Cancelled) };
+        let started = Box::pin(self.prepare(ask)).await;
+        match started {
+            Ok((head, plan, admitted)) => {
+                let (outbox, inbox) = outbox();
+                let run = plan.run(admitted, outcome, outbox);
+                let task = AbortOnDropHandle::new(self.tasks.spawn(run));
+                Ok(Generation { head, inbox, _task: task })
+            }
+            Err(error) => {
+                outcome.error = Some(error.code);
+                Err(error)
+            }
+        }
+    }
+
+    async fn prepare(self: &Arc<Self>, ask: Ask) -> Result<(Head, Plan, Admitted), Error> {
+        let arrived = Instant::now();
+        let admitted = self.admit(ask.choices)?;
+        let view = self.view();
+        let wish = Wish {
+            model: &ask.model,
+            drafter: ask.drafter.as_deref(),
+            encoding: self.options.encoding,
+            on_no_drafter: self.options.on_no_drafter,
+        };
+        let snapshot = self.nodes.snapshot(&view);
+        let route = route::pick(&snapshot, &wish)?;
+        let (base, drafter) = (route.base, route.drafter);
+        let drafter_text = async {
+            match drafter {
+                Some((record, _)) => self.texts.get(record, &self.nodes, &view).await.map(Some),
+                None => Ok(None),
+            }
+        };
+        let (base_text, drafter_text) =
+            tokio::try_join!(self.texts.get(base, &self.nodes, &view), drafter_text)?;
+        let prompts = prompts::render(ask.messages.clone(), &base_text, drafter_text).await?;
+        let drafter_context = drafter.map(|(record, _)| record.context_length);
+        let max_tokens =
+            prompts.max_tokens(base.context_length, drafter_context, ask.max_tokens)?;
+        let head = Head {
+            request_id: RequestId::generate(),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
+            model: ask.model.as_str().into(),
+            base: base.model.as_str().into(),
+            drafter: drafter.map(|(record, _)| record.model.as_str().into()),
+            prompt_ids: prompts.base.ids.as_slice().into(),
+            tokenizer: base_text.tokenizer().clone(),
+            choices: ask.choices,
+        };
+        let plan = Plan {
+            core: Arc::clone(self),
+            arrived,
+            head: head.clone(),
+            base: base.clone(),
+            drafter: drafter.map(|(record, encoding)| (record.clone(), encoding)),
+            seed: ask.sampling.seed.unwrap_or_else(random_seed),
+            stops: stops(&ask, &base_text),
+            window: ask.window.unwrap_or(self.options.window),
+            threshold: ask.threshold.unwrap_or(self.options.threshold),
+            max_tokens,
+            prompts,
+            ask,
+        };
+        Ok((head, plan, admitted))
+    }
+
+    fn admit(self: &Arc<Self>, choices: u32) -> Result<Admitted, Error> {
+        if self.draining.is_cancelled() {
+            return Err(Error::new(ErrorCode::Draining, "the router is shutting down"));
+        }
+        let permit = Arc::clone(&self.admission).try_acquire_many_owned(choices).map_err(|_| {
+            self.metrics.refused();
+            let message = format!("{} answers are in flight already", self.options.in_flight_max);
+            Error::new(ErrorCode::Overloaded, message)
+        })?;
+        self.metrics.in_flight(f64::from(choices));
+        Ok(Admitted { core: Arc::clone(self), choices, _permit: permit })
+    }
+}
+
+/// The client's stop strings and those of the base's prompt.
+fn stops(ask: &Ask, base_text: &ModelText) -> Vec<String> {
+    let plain = base_text.base_stop_strings().iter().map(|&stop| stop.to_owned());
+    ask.stop.iter().cloned().chain(plain).collect()
+}
+
+/// A seed nobody chose: the random part of a fresh id.
+fn random_seed() -> u64 {
+    let (high, low) = uuid::Uuid::now_v7().as_u64_pair();
+    low ^ high.rotate_left(17)
+}
+
+/// Everything a request's task needs.
+struct Plan {
+    core: Arc<Core>,
+    arrived: Instant,
+    head: Head,
+    base: NodeRecord,
+    drafter: Option<(NodeRecord, v1::DraftEncoding)>,
+    prompts: Prompts,
+    seed: u64,
+    stops: Vec<String>,
+    window: u32,
+    threshold: f32,
+    max_tokens: u32,
+    ask: Ask,
+}
+
+impl Plan {
+    /// Runs every answer to its end. `admitted` and `outcome` live as long as this does.
+    async fn run(self, admitted: Admitted, mut outcome: Outcome, outbox: Outbox) {
+        let limit = self.core.options.request_timeout;
+        let all = async {
+            let mut answers: FuturesUnordered<_> =
+                (0..self.ask.choices).map(|choice| self.answer(choice, &outbox)).collect();
+            while let Some(result) = answers.next().await {
+                result?;
+            }
+            Ok(())
+        };
+        let result = tokio::select! {
+            result = tokio::time::timeout(limit, all) => result.unwrap_or_else(|_| {
+                let message = format!("the request took more than {limit:?}");
+                Err(Error::new(ErrorCode::DeadlineExceeded, message))
+            }),
+            () = self.core.cut.cancelled() => {
+                Err(Error::new(ErrorCode::Draining, "the router is shutting down"))
+            }
+        };
+        // The place is free before the client hears that the request is over.
+        drop(admitted);
+        outcome.error = result.as_ref().err().map(|error| error.code);
+        drop(outcome);
+        if let Err(error) = result {
+            tracing::debug!(request_id = %self.head.request_id, %error, "request failed");
+            outbox.push(Event::Failed(error));
+        }
+    }
+
+    /// Runs one answer to its end.
+    async fn answer(&self, choice: u32, outbox: &Outbox) -> Result<(), Error> {
+        let metrics = &self.core.metrics;
+        let mut attempt = Attempt::open(self.attempt(choice, Epoch::FIRST)?);
+        let tokenizer = &self.head.tokenizer;
+        let mut answer = Answer::new(tokenizer, self.stops.clone(), self.head.first_source());
+        let mut pieces = Vec::new();
+        let mut last: Option<Instant> = None;
+        let mut reason = loop {
+            match attempt.next().await? {
+                ServeEvent::Tokens(run) => {
+                    let now = Instant::now();
+                    if last.is_none() && choice == 0 {
+                        metrics.first_token(self.arrived);
+                    }
+                    let gap = last.map(|last| now - last);
+                    metrics.tokens(run.source, run.ids.len(), gap);
+                    last = Some(now);
+                    answer.push(run, &mut pieces);
+                    for piece in pieces.drain(..) {
+                        outbox.push(Event::Text { choice, piece });
+                    }
+                    if answer.stopped() {
+                        break FinishReason::Stop;
+                    }
+                }
+                ServeEvent::Switched(decision) => {
+                    metrics.switched(decision.by_threshold, decision.kept_tokens);
+                }
+                ServeEvent::Finished(reason) => break reason,
+            }
+        };
+        let summary = self.summary(&attempt, &answer);
+        drop(attempt);
+        answer.finish(&mut pieces);
+        if answer.stopped() {
+            reason = FinishReason::Stop;
+        }
+        for piece in pieces {
+            outbox.push(Event::Text { choice, piece });
+        }
+        let completion_tokens = answer.tokens();
+        outbox.push(Event::Finished { choice, reason, completion_tokens, summary });
+        Ok(())
+    }
+
+    /// What became of the draft. An answer that ended before the draft was decided kept what it has.
+    fn summary(&self, attempt: &Attempt, answer: &Answer) -> Summary {
+        let decision = attempt.decision();
+        let kept = decision.map_or(answer.drafter_tokens(), |decision| decision.kept_tokens);
+        Summary {
+            drafter: self.head.drafter.clone(),
+            base: Arc::clone(&self.head.base),
+            switched: decision.is_some_and(|decision| decision.by_threshold),
+            switch_index: kept.checked_sub(1),
+            drafted_tokens: decision.map_or(kept, |decision| decision.drafted_tokens),
+            kept_tokens: kept,
+            window: self.window,
+            threshold: self.threshold,
+        }
+    }
+
+    /// What is asked of the nodes for one answer.
+    fn attempt(&self, choice: u32, epoch: Epoch) -> Result<AttemptPlan, Error> {
+        let request_id = RequestId::new(&format!("{}-{choice}", self.head.request_id))?;
+        let seed = self.seed.wrapping_add(choice.into());
+        let serve = v1::ServeRequest {
+            request_id: request_id.to_string(),
+            epoch: epoch.get(),
+            prompt_ids: self.prompts.base.ids.clone(),
+            prompt_text: self.prompts.base.text.clone(),
+            max_tokens: self.max_tokens,
+            sampling: Some(self.sampling(seed)),
+            top_logprobs: self.ask.top_logprobs,
+            draft: self.drafter.as_ref().map(|(_, encoding)| self.policy(*encoding)),
+        };
+        let draft = match (&self.drafter, &self.prompts.drafter) {
+            (Some((record, encoding)), Some(prompt)) => Some(DraftPlan {
+                node_id: record.node_id.clone(),
+                place: self.core.nodes.place(record)?,
+                request: v1::DraftRequest {
+                    request_id: request_id.to_string(),
+                    epoch: epoch.get(),
+                    prompt_ids: prompt.ids.clone(),
+                    draft_tokens_max: self
+                        .ask
+                        .draft_tokens_max
+                        .unwrap_or(self.core.options.draft_tokens_max),
+                    sampling: Some(v1::Sampling {
+                        temperature: Some(self.core.options.draft_temperature),
+                        seed: Some(seed),
+                        ..Default::default()
+                    }),
+                    base_address: self.base.address.clone(),
+                    encoding: (*encoding).into(),
+                },
+            }),
+            _ => None,
+        };
+        let options = &self.core.options;
+        Ok(AttemptPlan {
+            request_id,
+            epoch,
+            base_id: self.base.node_id.clone(),
+            base: self.core.nodes.place(&self.base)?,
+            serve,
+            draft,
+            patience: Patience {
+                first_frame: options.first_frame_timeout,
+                frame: options.frame_timeout,
+            },
+        })
+    }
+
+    fn policy(&self, encoding: v1::DraftEncoding) -> v1::DraftPolicy {
+        let options = &self.core.options;
+        v1::DraftPolicy {
+            window: self.window,
+            threshold: self.threshold,
+            encoding: encoding.into(),
+            on_draft_complete: options.on_draft_complete.wire().into(),
+            continue_empty_draft: options.on_no_drafter == OnNoDrafter::BaseOnly,
+        }
+    }
+
+    fn sampling(&self, seed: u64) -> v1::Sampling {
+        let sampling = &self.ask.sampling;
+        v1::Sampling {
+            temperature: Some(sampling.temperature),
+            top_p: Some(sampling.top_p),
+            top_k: Some(sampling.top_k),
+            min_p: Some(sampling.min_p),
+            seed: Some(seed),
+            presence_penalty: Some(sampling.presence_penalty),
+            frequency_penalty: Some(sampling.frequency_penalty),
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Everything the router measures. Label values come from closed sets.
+
+use std::time::{Duration, Instant};
+
+use headstart_proto::ErrorCode;
+use metrics::{Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+
+use crate::frames::Source;
+
+/// Requests that ended, by `outcome`: `ok`, or an error code.
+const REQUESTS: &str = "headstart_router_requests_total";
+/// From a request's arrival to its first token, all answers together.
+const TTFT: &str = "headstart_router_ttft_seconds";
+/// Between two runs of tokens of one answer, divided by the tokens.
+const ITL: &str = "headstart_router_itl_seconds";
+/// Tokens of answers, by `source`.
+const TOKENS: &str = "headstart_router_tokens_total";
+/// Switch index of answers whose draft was decided.
+const SWITCH_INDEX: &str = "headstart_router_switch_index";
+/// Requests whose draft was decided, by `by`: `threshold` or `draft_end`.
+const SWITCHES: &str = "headstart_router_switches_total";
+/// Answers in flight.
+const IN_FLIGHT: &str = "headstart_router_in_flight";
+/// Requests that were refused because too many answers were in flight.
+const REFUSED: &str = "headstart_router_refused_total";
+
+/// Handles to every metric, resolved once.
+#[derive(Clone, Debug)]
+pub(crate) struct Metrics {
+    ttft: Histogram,
+    itl: Histogram,
+    drafter_tokens: Counter,
+    base_tokens: Counter,
+    switch_index: Histogram,
+    by_threshold: Counter,
+    by_draft_end: Counter,
+    in_flight: Gauge,
+    refused: Counter,
+}
+
+impl Metrics {
+    /// Describes and resolves them in the process's registry.
+    pub(crate) fn new() -> Self {
+        describe_counter!(REQUESTS, "Requests that ended, by outcome");
+        describe_histogram!(TTFT, "Seconds from a request's arrival to its first token");
+        describe_histogram!(ITL, "Seconds between two tokens of an answer");
+        describe_counter!(TOKENS, "Tokens of answers, by source");
+        describe_histogram!(SWITCH_INDEX, "Index of the last draft token that was kept");
+        describe_counter!(SWITCHES, "Drafts that were decided, by what decided them");
+        describe_gauge!(IN_FLIGHT, "Answers in flight");
+        describe_counter!(REFUSED, "Requests refused because too many answers were in flight");
+        Self {
+            ttft: histogram!(TTFT),
+            itl: histogram!(ITL),
+            drafter_tokens: counter!(TOKENS, "source" => "drafter"),
+            base_tokens: counter!(TOKENS, "source" => "base"),
+            switch_index: histogram!(SWITCH_INDEX),
+            by_threshold: counter!(SWITCHES, "by" => "threshold"),
+            by_draft_end: counter!(SWITCHES, "by" => "draft_end"),
+            in_flight: gauge!(IN_FLIGHT),
+            refused: counter!(REFUSED),
+        }
+    }
+
+    /// A request ended: `None` is success.
+    pub(crate) fn ended(&self, error: Option<ErrorCode>) {
+        counter!(REQUESTS, "outcome" => error.map_or("ok", ErrorCode::code)).increment(1);
+    }
+
+    /// A request was refused for too many answers in flight.
+    pub(crate) fn refused(&self) {
+        self.refused.increment(1);
+    }
+
+    /// Answers started (above 0) or ended (below).
+    pub(crate) fn in_flight(&self, change: f64) {
+        self.in_flight.increment(change);
+    }
+
+    /// The first token of a request that arrived at `arrived`.
+    pub(crate) fn first_token(&self, arrived: Instant) {
+        self.ttft.record(arrived.elapsed());
+    }
+
+    /// `tokens` more tokens from `source`, `gap` after those before.
+    pub(crate) fn tokens(&self, source: Source, tokens: usize, gap: Option<Duration>) {
+        let count = u32::try_from(tokens).unwrap_or(u32::MAX).max(1);
+        match source {
+            Source::Drafter => self.drafter_tokens.increment(tokens as u64),
+            Source::Base => self.base_tokens.increment(tokens as u64),
+        }
+        if let Some(gap) = gap {
+            self.itl.record_many(gap / count, count as usize);
+        }
+    }
+
+    /// A draft was decided.
+    pub(crate) fn switched(&self, by_threshold: bool, kept_tokens: u32) {
+        match by_threshold {
+            true => self.by_threshold.increment(1),
+            false => self.by_draft_end.increment(1),
+        }
+        if let Some(index) = kept_tokens.checked_sub(1) {
+            self.switch_index.record(index);
+        }
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}

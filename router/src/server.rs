@@ -1,0 +1,207 @@
+//! Starting and stopping both doors.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::serve::Listener;
+use headstart_cluster::Membership;
+use headstart_proto::v1::router_server::RouterServer;
+use headstart_service::server::{GrpcServer, MESSAGE_BYTES_MAX, RunningServer, ServeError};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::generate::Core;
+use crate::http;
+use crate::options::RouterOptions;
+use crate::service::RouterService;
+
+/// How long connections may take to close once every request has ended.
+const CLOSE_GRACE: Duration = Duration::from_secs(1);
+
+/// A router that runs. Dropping it ends every request at once.
+#[derive(Debug)]
+pub struct RunningRouter {
+    core: Arc<Core>,
+    http_addr: SocketAddr,
+    grpc_addr: SocketAddr,
+    task: AbortOnDropHandle<Result<(), ServeError>>,
+}
+
+impl RunningRouter {
+    /// Where the HTTP door listens.
+    pub fn http_addr(&self) -> SocketAddr {
+        self.http_addr
+    }
+
+    /// Where the gRPC door listens.
+    pub fn grpc_addr(&self) -> SocketAddr {
+        self.grpc_addr
+    }
+
+    /// A base and a drafter are known.
+    pub fn is_ready(&self) -> bool {
+        self.core.is_ready()
+    }
+
+    /// Waits until the router has ended.
+    ///
+    /// # Errors
+    /// When a door failed.
+    pub async fn wait(mut self) -> Result<(), ServeError> {
+        let ended = (&mut self.task).await;
+        ended.unwrap_or_else(|error| Err(ServeError::Failed { cause: error.to_string() }))
+    }
+}
+
+impl Drop for RunningRouter {
+    fn drop(&mut self) {
+        self.core.draining.cancel();
+        self.core.cut.cancel();
+    }
+}
+
+/// Starts a router on both listeners. `shutdown` makes it stop accepting, give live requests
+/// [`RouterOptions::drain_timeout`] to finish, and end.
+///
+/// # Errors
+/// Options out of their range, listeners that cannot be used.
+pub async fn start(
+    options: RouterOptions,
+    membership: Arc<dyn Membership>,
+    http: TcpListener,
+    grpc: TcpListener,
+    shutdown: CancellationToken,
+) -> Result<RunningRouter, ServeError> {
+    let failed = |cause: String| ServeError::Failed { cause };
+    options.validate().map_err(failed)?;
+    headstart_service::metrics::install();
+    let local = |listener: &TcpListener| listener.local_addr().map_err(|e| failed(e.to_string()));
+    let (http_addr, grpc_addr) = (local(&http)?, local(&grpc)?);
+    let core = Core::new(options, membership.watch());
+    let service = RouterServer::new(RouterService::new(Arc::clone(&core)))
+        .max_decoding_message_size(core.options.body_bytes_max.max(MESSAGE_BYTES_MAX));
+    let grpc = GrpcServer::new()?.add(service).start(grpc).await;
+    let task = tokio::spawn(run(Arc::clone(&core), membership, http, grpc, shutdown));
+    Ok(RunningRouter { core, http_addr, grpc_addr, task: AbortOnDropHandle::new(task) })
+}
+
+/// Serves until `shutdown`, then drains. The membership is held as long: its watch ends with it.
+async fn run(
+    core: Arc<Core>,
+    membership: Arc<dyn Membership>,
+    http: TcpListener,
+    mut grpc: RunningServer,
+    shutdown: CancellationToken,
+) -> Result<(), ServeError> {
+    let _follower = AbortOnDropHandle::new(tokio::spawn(Arc::clone(&core).follow_view()));
+    let stop_accepting = CancellationToken::new();
+    let listener = BoundedListener::new(http, core.options.connections_max as usize);
+    let stopped = stop_accepting.clone();
+    let serving = axum::serve(listener, http::router(Arc::clone(&core)))
+        .with_graceful_shutdown(async move { stopped.cancelled().await });
+    let mut serving = AbortOnDropHandle::new(tokio::spawn(async move { serving.await }));
+    let failure = tokio::select! {
+        () = shutdown.cancelled() => None,
+        error = grpc.failed() => Some(error),
+        ended = &mut serving => Some(ServeError::Failed { cause: format!("HTTP: {ended:?}") }),
+    };
+    core.draining.cancel();
+    if let Some(error) = failure {
+        core.cut.cancel();
+        return Err(error);
+    }
+    tracing::info!(answers = core.tasks.len(), "stopping: live requests may finish");
+    grpc.set_not_serving().await;
+    stop_accepting.cancel();
+    core.tasks.close();
+    if tokio::time::timeout(core.options.drain_timeout, core.tasks.wait()).await.is_err() {
+        tracing::warn!(requests = core.tasks.len(), "cutting requests that did not finish in time");
+    }
+    core.cut.cancel();
+    core.tasks.wait().await;
+    // What the last requests left in their connections' buffers still goes out.
+    let (_, ()) = tokio::join!(tokio::time::timeout(CLOSE_GRACE, serving), grpc.stop());
+    drop(membership);
+    Ok(())
+}
+
+/// Accepts connections, with `TCP_NODELAY`, up to a number at once; more wait in the backlog.
+struct BoundedListener {
+    listener: TcpListener,
+    places: Arc<Semaphore>,
+}
+
+impl BoundedListener {
+    fn new(listener: TcpListener, connections_max: usize) -> Self {
+        Self { listener, places: Arc::new(Semaphore::new(connections_max)) }
+    }
+}
+
+impl Listener for BoundedListener {
+    type Io = Connection;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Connection, SocketAddr) {
+        let place = Arc::clone(&self.places).acquire_owned().await.ok();
+        // The listener's own `accept` retries after errors such as too many open files.
+        let (stream, address) = Listener::accept(&mut self.listener).await;
+        let _ = stream.set_nodelay(true);
+        (Connection { stream, _place: place }, address)
+    }
+
+    fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+/// A connection that holds its place.
+struct Connection {
+    stream: TcpStream,
+    _place: Option<OwnedSemaphorePermit>,
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffers: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,115 @@
+//! Headstart's own binaries as processes on loopback, ended by their id when they are dropped.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::http::Client;
+
+/// The time a process may take to load its model and become ready.
+const READY_WITHIN: Duration = Duration::from_secs(300);
+
+/// A process, killed when it is dropped.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+}
+
+impl Process {
+    /// Starts one of the workspace's binaries. What it prints goes to the test's own output.
+    ///
+    /// # Panics
+    /// If the binary was not built.
+    #[must_use]
+    pub fn start(name: &str, arguments: &[&str]) -> Self {
+        let path = binary(name);
+        let mut command = Command::new(&path);
+        command.args(arguments).env_remove("RUST_LOG").stdin(Stdio::null()).stdout(Stdio::null());
+        let child = command.spawn().unwrap_or_else(|error| {
+            panic!("{}: {error}; run `cargo build --release --workspace --bins`", path.display())
+        });
+        Self { name: name.to_owned(), child }
+    }
+
+    /// Asks the process to stop (SIGTERM) and waits for its exit code.
+    ///
+    /// # Panics
+    /// If it does not stop within a minute.
+    #[must_use]
+    pub fn terminate(mut self) -> Option<i32> {
+        let id = self.child.id().to_string();
+        let sent = Command::new("kill").args(["-TERM", &id]).status();
+        assert!(sent.is_ok_and(|status| status.success()), "SIGTERM to {}", self.name);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return status.code();
+            }
+            assert!(Instant::now() < deadline, "{} did not stop", self.name);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Whether the process still runs.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs a binary to its end and gives its exit code, standard output and standard error.
+///
+/// # Panics
+/// If the binary was not built.
+#[must_use]
+pub fn run(name: &str, arguments: &[&str]) -> (Option<i32>, String, String) {
+    let output = Command::new(binary(name)).args(arguments).output().expect("the binary was built");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+/// A loopback address that nobody listens on.
+///
+/// # Panics
+/// If loopback has no free port.
+#[must_use]
+pub fn free_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+    listener.local_addr().expect("a bound listener").to_string()
+}
+
+/// Waits until a router says that it is ready.
+///
+/// # Panics
+/// If one of `processes` ends, or five minutes pass.
+pub fn wait_ready(client: &Client, processes: &mut [&mut Process]) {
+    let deadline = Instant::now() + READY_WITHIN;
+    while client.get("/ready").is_none_or(|response| response.status != 200) {
+        for process in processes.iter_mut() {
+            assert!(process.is_running(), "{} ended before it was ready", process.name);
+        }
+        assert!(Instant::now() < deadline, "not ready within {READY_WITHIN:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// The path of a file in `tests/fixtures`.
+#[must_use]
+pub fn fixture(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
+}
+
+fn binary(name: &str) -> PathBuf {
+    // A test's own binary lies in `target/<profile>/deps`.
+    let test = std::env::current_exe().expect("a test has a path");
+    let profile = test.parent().and_then(Path::parent).expect("target/<profile>/deps");
+    profile.join(name)
+}
