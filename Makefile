@@ -14,14 +14,14 @@ demo: build ## Build, fetch two small models, start a cluster, ask it something
 	@$(HEADSTART) demo
 
 test: setup-test ## Test everything, on small models, golden files included
-	$(CARGO) build --release --locked --workspace --bins
+	$(CARGO) test --release --locked --workspace --no-run
 	$(HEADSTART) models pull smollm2
 	$(CARGO) test --release --locked --workspace
 
 test-full: setup-test ## What `make test` leaves out: the golden files of SmolLM2 with Qwen2.5-Coder
-	$(CARGO) build --release --locked --workspace --bins
+	$(CARGO) test --release --locked --workspace --no-run
 	$(HEADSTART) models pull smollm2 qwen2.5-coder
-	$(CARGO) test --release --locked --workspace -- --ignored
+	$(CARGO) test --release --locked --workspace --test golden --test golden_full -- --ignored
 
 verify: setup ## Check format, lints, documentation and dependencies; writes nothing to the sources
 	$(CARGO) fmt --all --check
@@ -33,6 +33,9 @@ verify: setup ## Check format, lints, documentation and dependencies; writes not
 fix: setup ## Apply format and the lints' own corrections
 	$(CARGO) clippy --release --workspace --all-targets --fix --allow-dirty --allow-staged
 	$(CARGO) fmt --all
+
+bench: setup ## Measure this machine and the kernels on it
+	$(CARGO) run --release --locked -p headstart-kernels --example kernel_bench
 
 build: setup ## Build the binaries
 	$(CARGO) build --release --locked --workspace --bins

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 
+use crate::bench::{self, BenchArgs};
 use crate::chat::{self, ChatArgs};
 use crate::demo::{self, DemoArgs};
 use crate::failure::Failure;
@@ -19,6 +20,7 @@ Examples:
   headstart up --drafter smollm2 --base qwen2.5-coder       a cluster on this machine
   headstart chat                                            talk to it
   headstart models list                                     models that are easy to have
+  headstart bench engine --model smollm2                    how fast it is here
 
 Every command has its own --help with examples.")]
 struct Cli {
@@ -32,6 +34,7 @@ enum Command {
     Up(Box<UpOptions>),
     Chat(ChatArgs),
     Models(ModelsArgs),
+    Bench(BenchArgs),
 }
 
 /// Runs the command that `args` (the program's name first) ask for. Help and wrong flags end the
@@ -50,5 +53,6 @@ pub async fn run(args: Vec<OsString>) -> Result<(), Failure> {
         Command::Up(options) => up::run(*options).await,
         Command::Chat(args) => chat::run(args).await,
         Command::Models(args) => models::run(args).await,
+        Command::Bench(args) => bench::run(args).await,
     }
 }

@@ -32,7 +32,7 @@ pub struct DemoArgs {
     #[arg(long, default_value = "Why is the sky blue?")]
     prompt: String,
     /// The longest answer, in tokens
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: u32,
 }
 

@@ -180,12 +180,7 @@ impl Error {
     /// An error; those of overload and absence hint at a retry after one second.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         let hint = matches!(code.http_status(), 429 | 503).then_some(Duration::from_secs(1));
-        Self {
-            code,
-            message: message.into(),
-            field: None,
-            retry_after: hint,
-        }
+        Self { code, message: message.into(), field: None, retry_after: hint }
     }
 
     /// [`ErrorCode::InvalidArgument`] in `field`.
@@ -265,9 +260,8 @@ fn read_trailer(status: &Status) -> Option<Error> {
     }
     let detail = ErrorDetail::decode(value.to_bytes().ok()?).ok()?;
     let code = ErrorCode::from_code(&detail.code)?;
-    let retry_after = detail
-        .retry_after_ms
-        .map(|ms| Duration::from_millis(ms.into()).min(RETRY_AFTER_MAX));
+    let retry_after =
+        detail.retry_after_ms.map(|ms| Duration::from_millis(ms.into()).min(RETRY_AFTER_MAX));
     Some(Error {
         code,
         message: cut(&detail.message).to_owned(),
@@ -321,11 +315,7 @@ mod tests {
     fn codes_have_distinct_snake_case_names_and_sound_facts() {
         for code in ErrorCode::ALL {
             assert_eq!(ErrorCode::from_code(code.code()), Some(code));
-            assert!(
-                code.code()
-                    .bytes()
-                    .all(|b| b.is_ascii_lowercase() || b == b'_')
-            );
+            assert!(code.code().bytes().all(|b| b.is_ascii_lowercase() || b == b'_'));
             assert!((400..600).contains(&code.http_status()));
             assert_ne!(code.grpc_code(), Code::Ok);
             assert!(!(code.retryable() && code.client_fault()), "{code}");
@@ -348,14 +338,8 @@ mod tests {
 
     #[test]
     fn overload_and_absence_always_carry_a_hint() {
-        assert_eq!(
-            Error::new(ErrorCode::NoDrafter, "").retry_after_secs(),
-            Some(1)
-        );
-        assert_eq!(
-            Error::new(ErrorCode::Overloaded, "").retry_after_secs(),
-            Some(1)
-        );
+        assert_eq!(Error::new(ErrorCode::NoDrafter, "").retry_after_secs(), Some(1));
+        assert_eq!(Error::new(ErrorCode::Overloaded, "").retry_after_secs(), Some(1));
         assert_eq!(Error::new(ErrorCode::Internal, "").retry_after_secs(), None);
         let late = Error::internal("").with_retry_after(Duration::from_millis(2001));
         assert_eq!(late.retry_after_secs(), Some(3));
@@ -373,11 +357,7 @@ mod tests {
         for (grpc, code) in cases {
             assert_eq!(Error::from_status(&Status::new(grpc, "m")).code, code);
         }
-        assert!(
-            !Error::from_status(&Status::new(Code::Internal, ""))
-                .message
-                .is_empty()
-        );
+        assert!(!Error::from_status(&Status::new(Code::Internal, "")).message.is_empty());
     }
 
     #[test]
@@ -391,17 +371,12 @@ mod tests {
     fn a_hostile_trailer_is_ignored_or_cut() {
         let with = |bytes: &[u8]| {
             let mut status = Status::new(Code::NotFound, "plain");
-            status
-                .metadata_mut()
-                .insert_bin(ERROR_TRAILER, MetadataValue::from_bytes(bytes));
+            status.metadata_mut().insert_bin(ERROR_TRAILER, MetadataValue::from_bytes(bytes));
             Error::from_status(&status)
         };
         assert_eq!(with(b"\xff\xff\xff").code, ErrorCode::NotFound);
         assert_eq!(with(&[0x12, 0xff, 0xff, 0xff, 0xff, 0x0f]).message, "plain");
-        let unknown = ErrorDetail {
-            code: "new_code".into(),
-            ..ErrorDetail::default()
-        };
+        let unknown = ErrorDetail { code: "new_code".into(), ..ErrorDetail::default() };
         assert_eq!(with(&unknown.encode_to_vec()).code, ErrorCode::NotFound);
         let long = ErrorDetail {
             code: "internal".into(),
@@ -412,10 +387,7 @@ mod tests {
         let error = with(&long.encode_to_vec());
         assert!(error.message.len() <= MESSAGE_BYTES_MAX);
         assert_eq!(error.retry_after, Some(RETRY_AFTER_MAX));
-        let huge = ErrorDetail {
-            message: "x".repeat(100_000),
-            ..long
-        };
+        let huge = ErrorDetail { message: "x".repeat(100_000), ..long };
         assert_eq!(with(&huge.encode_to_vec()).message, "plain");
     }
 

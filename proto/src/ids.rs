@@ -24,11 +24,7 @@ impl IdError {
     fn new(kind: &'static str, expected: &'static str, found: &str) -> Self {
         let mut found = format!("{:?}", found.chars().take(80).collect::<String>());
         found.shrink_to_fit();
-        Self {
-            kind,
-            expected,
-            found,
-        }
+        Self { kind, expected, found }
     }
 }
 
@@ -175,9 +171,7 @@ impl fmt::Display for Epoch {
 impl FromStr for Epoch {
     type Err = IdError;
     fn from_str(text: &str) -> Result<Self, IdError> {
-        let number = text
-            .parse()
-            .map_err(|_| IdError::new("epoch", "a number from 1", text))?;
+        let number = text.parse().map_err(|_| IdError::new("epoch", "a number from 1", text))?;
         Self::new(number)
     }
 }
@@ -217,10 +211,7 @@ impl Position {
 
     /// The position `tokens` further on, or `None` past `u32::MAX`.
     pub fn checked_add(self, tokens: usize) -> Option<Self> {
-        u32::try_from(tokens)
-            .ok()
-            .and_then(|tokens| self.0.checked_add(tokens))
-            .map(Self)
+        u32::try_from(tokens).ok().and_then(|tokens| self.0.checked_add(tokens)).map(Self)
     }
 }
 
@@ -233,9 +224,7 @@ impl fmt::Display for Position {
 impl FromStr for Position {
     type Err = IdError;
     fn from_str(text: &str) -> Result<Self, IdError> {
-        text.parse()
-            .map(Self)
-            .map_err(|_| IdError::new("position", "a number from 0", text))
+        text.parse().map(Self).map_err(|_| IdError::new("position", "a number from 0", text))
     }
 }
 

@@ -126,7 +126,12 @@ impl RealRange {
 ///
 /// # Errors
 /// Invalid argument that names `field`, the range and the value.
-pub(crate) fn check_integer(field: &str, value: i128, low: i128, high: i128) -> Result<i128, Error> {
+pub(crate) fn check_integer(
+    field: &str,
+    value: i128,
+    low: i128,
+    high: i128,
+) -> Result<i128, Error> {
     if (low..=high).contains(&value) {
         return Ok(value);
     }
@@ -139,9 +144,8 @@ pub(crate) fn check_integer(field: &str, value: i128, low: i128, high: i128) -> 
 /// # Errors
 /// Invalid argument in `stop`.
 pub(crate) fn check_stop(stop: &[String]) -> Result<(), Error> {
-    let expected = format!(
-        "stop must be at most {STOP_STRINGS_MAX} strings of 1 to {STOP_BYTES_MAX} bytes"
-    );
+    let expected =
+        format!("stop must be at most {STOP_STRINGS_MAX} strings of 1 to {STOP_BYTES_MAX} bytes");
     if stop.len() > STOP_STRINGS_MAX {
         return Err(Error::invalid("stop", format!("{expected}, found {} strings", stop.len())));
     }

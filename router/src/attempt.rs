@@ -102,7 +102,8 @@ impl Attempt {
             serve.draft.as_ref(),
             serve.top_logprobs.is_some(),
         );
-        let mut client = BaseClient::new(base.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let mut client =
+            BaseClient::new(base.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let opening = async move { client.serve(serve).await.map(tonic::Response::into_inner) };
         Self {
             gate,
@@ -153,7 +154,10 @@ impl Attempt {
         &mut self,
         frame: Result<Option<v1::ServeFrame>, Status>,
     ) -> Result<v1::ServeFrame, Error> {
-        if matches!(&frame, Ok(Some(v1::ServeFrame { event: Some(v1::serve_frame::Event::Switched(_)), .. }))) {
+        if matches!(
+            &frame,
+            Ok(Some(v1::ServeFrame { event: Some(v1::serve_frame::Event::Switched(_)), .. }))
+        ) {
             self.draft_error = None;
         }
         let error = match frame {
@@ -227,7 +231,10 @@ async fn follow_draft(plan: DraftPlan) -> Result<(), Error> {
 
 /// An error of a node, as the client is told. What only concerns the two nodes becomes "unavailable".
 fn node_error(tier: &str, node_id: &NodeId, error: Error) -> Error {
-    if error.code.client_fault() && error.code != ErrorCode::NotFound && error.code != ErrorCode::Cancelled {
+    if error.code.client_fault()
+        && error.code != ErrorCode::NotFound
+        && error.code != ErrorCode::Cancelled
+    {
         return error;
     }
     let code = match error.code {

@@ -164,7 +164,7 @@ impl FrameGate {
         if ids.len() <= seen {
             return Ok(None);
         }
-        if logprobs.len() != if self.logprobs { ids.len() } else { logprobs.len() } {
+        if self.logprobs && logprobs.len() != ids.len() {
             return Err(broken("tokens without their log-probabilities"));
         }
         ids.drain(..seen);

@@ -3,7 +3,10 @@
 use std::time::{Duration, Instant};
 
 use headstart_proto::ErrorCode;
-use metrics::{Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{
+    Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram,
+    gauge, histogram,
+};
 
 use crate::frames::Source;
 

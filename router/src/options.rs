@@ -170,7 +170,9 @@ impl RouterOptions {
         ];
         for (field, timeout) in timeouts {
             if timeout.is_zero() || timeout > Duration::from_secs(7 * 24 * 3600) {
-                return Err(format!("{field} must be above 0 and at most 7 days, found {timeout:?}"));
+                return Err(format!(
+                    "{field} must be above 0 and at most 7 days, found {timeout:?}"
+                ));
             }
         }
         if self.on_no_base == OnNoBase::DrafterOnly {

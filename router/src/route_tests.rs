@@ -70,7 +70,12 @@ fn the_table_of_cases_holds() {
             Some(&"node") => nodes.push(node(&words[1..])),
             Some(&"pick") => {
                 let (question, expected) = line["pick".len()..].split_once("=>").unwrap();
-                assert_eq!(outcome(&nodes, question), expected.trim(), "line {}: {line}", index + 1);
+                assert_eq!(
+                    outcome(&nodes, question),
+                    expected.trim(),
+                    "line {}: {line}",
+                    index + 1
+                );
                 asked += 1;
             }
             Some(word) if !word.starts_with('#') => panic!("line {}: {line}", index + 1),
@@ -82,7 +87,13 @@ fn the_table_of_cases_holds() {
 
 #[test]
 fn the_choice_does_not_depend_on_the_order_of_the_snapshot() {
-    let lines = ["base b1 m T 4 1", "base b2 m T 4 1", "base b3 m T 4 2", "drafter d2 s T 1 0", "drafter d1 s T 1 0"];
+    let lines = [
+        "base b1 m T 4 1",
+        "base b2 m T 4 1",
+        "base b3 m T 4 2",
+        "drafter d2 s T 1 0",
+        "drafter d1 s T 1 0",
+    ];
     let mut nodes: Vec<Node> =
         lines.iter().map(|line| node(&line.split(' ').collect::<Vec<_>>())).collect();
     for _ in 0..nodes.len() {

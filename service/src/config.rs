@@ -305,6 +305,8 @@ mod tests {
         assert_eq!((options.model.as_str(), options.slots), ("n", 9));
         assert_eq!(options.etcd, ["c:3", "d:4"]);
         assert_eq!(with("model = 'm'", &[]).unwrap().slots, 4);
+        let joined = with("model = 'm'\netcd = 'a:1,b:2'", &[]).unwrap();
+        assert_eq!(joined.etcd, ["a:1", "b:2"]);
     }
 
     /// The environment belongs to the whole process, so the test runs itself again in another one.

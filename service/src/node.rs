@@ -89,6 +89,7 @@ impl fmt::Debug for NodeParts {
 pub struct RunningNode {
     record: NodeRecord,
     task: JoinHandle<Result<(), NodeError>>,
+    joined: bool,
 }
 
 impl NodeParts {
@@ -112,7 +113,7 @@ impl NodeParts {
         );
         let life = Life { server, registration, draining, sessions, alive, lifetimes };
         let task = tokio::spawn(life.run(shutdown));
-        Ok(RunningNode { record, task })
+        Ok(RunningNode { record, task, joined: false })
     }
 }
 
@@ -122,12 +123,18 @@ impl RunningNode {
         &self.record
     }
 
-    /// Waits until the node has ended: after a drain, or with the error that ended it.
+    /// Waits until the node has ended: after a drain, or with the error that ended it, which is told
+    /// once. Cancel safe.
     ///
     /// # Errors
     /// When its server failed.
     pub async fn ended(&mut self) -> Result<(), NodeError> {
-        match (&mut self.task).await {
+        if self.joined {
+            return Ok(());
+        }
+        let result = (&mut self.task).await;
+        self.joined = true;
+        match result {
             Ok(result) => result,
             Err(error) => Err(ServeError::Failed { cause: error.to_string() }.into()),
         }

@@ -112,7 +112,7 @@ fn over_http() {
     }
     let raw = |body: &[u8]| client.post_bytes("/v1/chat/completions", body);
     expect("malformed JSON", &raw(b"{\"model\": "), 400, &["JSON"]);
-    expect("NaN in JSON", &raw(b"{\"temperature\": NaN}"), 400, &["JSON"]);
+    expect("NaN in JSON", &raw(b"{\"temperature\": NaN}"), 400, &["temperature", "NaN"]);
     expect("not UTF-8", &raw(b"{\"model\": \"\xff\xfe\"}"), 400, &["UTF-8"]);
     expect("nesting without end", &raw("[".repeat(100_000).as_bytes()), 400, &[]);
     expect("a body of 10 MB", &raw(&vec![b' '; 10 << 20]), 413, &["bytes"]);
@@ -121,14 +121,18 @@ fn over_http() {
     assert_eq!(process.terminate(), Some(0));
 }
 
+/// The line that says what was wrong.
+fn told(errors: &str) -> &str {
+    errors.lines().find(|line| line.starts_with("error")).unwrap_or_default()
+}
+
 /// Runs `headstart up` on a model that cannot be loaded.
 fn refused(what: &str, model: &Path, words: &[&str]) {
     let model = model.display().to_string();
     let (http, grpc) = (free_address(), free_address());
     let arguments = ["up", "--drafter", &model, "--base", &model, "--http", &http, "--grpc", &grpc];
     let (code, _, errors) = run("headstart", &arguments);
-    let last = errors.lines().last().unwrap_or_default();
-    println!("{what}: exit {code:?}: {last}");
+    println!("{what}: exit {code:?}: {}", told(&errors));
     assert!(code.is_some_and(|code| code != 0 && code != 101), "{what}: {code:?} {errors}");
     assert!(!errors.contains("panicked"), "{what}: {errors}");
     for word in words {
@@ -219,7 +223,7 @@ fn bad_options() {
     ];
     for (what, more, words) in cases {
         let (code, _, errors) = up(more);
-        println!("{what}: exit {code:?}: {}", errors.lines().last().unwrap_or_default());
+        println!("{what}: exit {code:?}: {}", told(&errors));
         assert!(code.is_some_and(|code| code != 0 && code != 101), "{what}: {code:?} {errors}");
         for word in *words {
             assert!(errors.contains(word), "{what}: expected `{word}` in {errors}");

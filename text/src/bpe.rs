@@ -29,10 +29,15 @@ pub(crate) struct Merges {
 impl Merges {
     /// The merges; none when text can become the "unknown" token.
     pub(crate) fn new(spec: &Spec) -> Result<Option<Self>, TextError> {
-        let ids: HashMap<&str, u32> = spec.vocab.iter().map(|(text, id)| (text.as_str(), *id)).collect();
+        let ids: HashMap<&str, u32> =
+            spec.vocab.iter().map(|(text, id)| (text.as_str(), *id)).collect();
         let id_of = |text: &str| {
             ids.get(text).copied().ok_or_else(|| {
-                TextError::tokenizer("model.merges", "tokens of the vocabulary", format!("{text:?}"))
+                TextError::tokenizer(
+                    "model.merges",
+                    "tokens of the vocabulary",
+                    format!("{text:?}"),
+                )
             })
         };
         let mut pairs = HashMap::with_capacity(spec.merges.len());
@@ -84,7 +89,9 @@ impl Merges {
         for c in text.chars() {
             match chars.get(&c) {
                 Some(&id) => symbols.push(Unit { id, bytes: c.len_utf8() }),
-                None => symbols.extend(c.encode_utf8(&mut [0; 4]).as_bytes().iter().filter_map(byte)),
+                None => {
+                    symbols.extend(c.encode_utf8(&mut [0; 4]).as_bytes().iter().filter_map(byte))
+                }
             }
         }
         symbols
@@ -134,7 +141,9 @@ impl Word {
             self.enqueue(left, pairs, &mut queue);
         }
         while let Some(Reverse((_, left, merged))) = queue.pop() {
-            let Symbol { gone: false, next: Some(right), .. } = self.symbols[left] else { continue };
+            let Symbol { gone: false, next: Some(right), .. } = self.symbols[left] else {
+                continue;
+            };
             let pair = (self.symbols[left].unit.id, self.symbols[right].unit.id);
             if pairs.get(&pair).is_none_or(|&(_, id)| id != merged) {
                 continue;
@@ -142,7 +151,8 @@ impl Word {
             let after = self.symbols[right].next;
             let bytes = self.symbols[right].unit.bytes;
             self.symbols[right].gone = true;
-            self.symbols[left].unit = Unit { id: merged, bytes: self.symbols[left].unit.bytes + bytes };
+            self.symbols[left].unit =
+                Unit { id: merged, bytes: self.symbols[left].unit.bytes + bytes };
             self.symbols[left].next = after;
             if let Some(after) = after {
                 self.symbols[after].prev = Some(left);

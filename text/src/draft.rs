@@ -35,7 +35,7 @@ impl DraftEncoder {
     /// with or without a BOS before it.
     ///
     /// # Errors
-    /// `prompt_ids` is not the encoding of `prompt_text`.
+    /// `prompt_ids` does not end as the encoding of `prompt_text` does.
     pub fn new(
         tokenizer: &Tokenizer,
         prompt_text: &str,
@@ -77,7 +77,9 @@ impl DraftEncoder {
         let end = self.draft.trim_end().len();
         let from = self.fed;
         self.fed = end.max(from);
-        let Some(stream) = self.stream.as_mut().filter(|_| end > from) else { return Ok(Vec::new()) };
+        let Some(stream) = self.stream.as_mut().filter(|_| end > from) else {
+            return Ok(Vec::new());
+        };
         let mut ids = Vec::new();
         stream.push(&self.draft[from..end], &mut ids)?;
         self.settle(ids, false)
@@ -110,7 +112,9 @@ impl DraftEncoder {
 
     /// Feeds the prompt's end, from a place on where two tokens meet whatever follows.
     fn read_prompt(&mut self, prompt_ids: &[u32]) -> Result<(), TextError> {
-        let Some(encoder) = self.tokenizer.encoder() else { return self.check_whole_prompt(prompt_ids) };
+        let Some(encoder) = self.tokenizer.encoder() else {
+            return self.check_whole_prompt(prompt_ids);
+        };
         let from = anchor(encoder, &self.prompt);
         let start = if from == 0 { Start::Text } else { Start::Middle };
         let mut stream = Stream::new(encoder, start);

@@ -79,7 +79,8 @@ fn byte_level(metadata: &Metadata) -> Result<Spec, TextError> {
         }
     };
     let tokens = tokens(metadata)?;
-    let lines = metadata.get_str_array(MERGES)?.ok_or_else(|| metadata.error(MERGES, "an array"))?;
+    let lines =
+        metadata.get_str_array(MERGES)?.ok_or_else(|| metadata.error(MERGES, "an array"))?;
     let mut merges = Vec::with_capacity(lines.len());
     for (index, line) in lines.iter().enumerate() {
         let pair = line.split_once(' ').ok_or_else(|| {
@@ -109,7 +110,8 @@ fn metaspace(metadata: &Metadata) -> Result<Spec, TextError> {
         return Err(TextError::unsupported(field, "true", "false"));
     }
     let tokens = tokens(metadata)?;
-    let scores = metadata.get_f32_array(SCORES)?.ok_or_else(|| metadata.error(SCORES, "an array"))?;
+    let scores =
+        metadata.get_f32_array(SCORES)?.ok_or_else(|| metadata.error(SCORES, "an array"))?;
     if scores.len() != tokens.len() {
         let expected = format!("{} scores, one a token", tokens.len());
         return Err(TextError::tokenizer(SCORES, expected, scores.len().to_string()));
@@ -170,7 +172,8 @@ fn tokens(metadata: &Metadata) -> Result<Vec<Token<'_>>, TextError> {
 
 /// All but the tokens that only fill the vocabulary up; of two with one text the first.
 fn vocab(tokens: &[Token<'_>]) -> Vec<(String, u32)> {
-    let used = tokens.iter().filter(|token| token.kind != TokenType::Unused && !token.text.is_empty());
+    let used =
+        tokens.iter().filter(|token| token.kind != TokenType::Unused && !token.text.is_empty());
     used.rev().map(|token| (token.text.to_owned(), token.id)).collect()
 }
 
@@ -201,7 +204,8 @@ fn merges_by_score(tokens: &[Token<'_>], scores: &[f32]) -> Vec<(String, String)
         left: &'a str,
         right: &'a str,
     }
-    let merging = |token: &&Token<'_>| matches!(token.kind, TokenType::Normal | TokenType::UserDefined);
+    let merging =
+        |token: &&Token<'_>| matches!(token.kind, TokenType::Normal | TokenType::UserDefined);
     let ids: HashMap<&str, u32> =
         tokens.iter().filter(merging).map(|token| (token.text, token.id)).collect();
     let mut merges = Vec::new();
@@ -211,7 +215,10 @@ fn merges_by_score(tokens: &[Token<'_>], scores: &[f32]) -> Vec<(String, String)
             let (left, right) = token.text.split_at(at);
             if let (Some(a), Some(b)) = (ids.get(left), ids.get(right)) {
                 let chars = (left.chars().count(), right.chars().count());
-                of_token.push(((*a, *b), Merge { score: scores[token.id as usize], chars, left, right }));
+                of_token.push((
+                    (*a, *b),
+                    Merge { score: scores[token.id as usize], chars, left, right },
+                ));
             }
         }
         of_token.sort_by_key(|(ids, _)| *ids);

@@ -160,7 +160,9 @@ impl ModelText {
     /// The chat template is asked for and there is none.
     pub fn with_base_prompt(mut self, base_prompt: BasePrompt) -> Result<Self, TextError> {
         if base_prompt == BasePrompt::Chat && self.chat_template.is_none() {
-            return Err(TextError::Template("the model has none, so it cannot be the base's prompt".into()));
+            return Err(TextError::Template(
+                "the model has none, so it cannot be the base's prompt".into(),
+            ));
         }
         self.base_prompt = base_prompt;
         Ok(self)
@@ -267,7 +269,8 @@ impl ModelText {
         };
         let parts = json!(parts);
         let tokenizer = self.tokenizer.to_json();
-        format!(r#"{{"version":{BUNDLE_VERSION},"text":{parts},"tokenizer":{tokenizer}}}"#).into_bytes()
+        format!(r#"{{"version":{BUNDLE_VERSION},"text":{parts},"tokenizer":{tokenizer}}}"#)
+            .into_bytes()
     }
 
     /// Reads what [`ModelText::to_bundle`] wrote, on another node.
@@ -287,12 +290,15 @@ impl ModelText {
         }
         let parts: BundleParts = serde_json::from_value(root["text"].take())
             .map_err(|e| TextError::bundle("text", "the model's text settings", e.to_string()))?;
-        let tokenizer = Tokenizer::from_spec(&crate::spec::Spec::from_value(root["tokenizer"].take())?)?;
+        let tokenizer =
+            Tokenizer::from_spec(&crate::spec::Spec::from_value(root["tokenizer"].take())?)?;
         Self::from_parts(parts, tokenizer)
     }
 
     fn from_parts(parts: BundleParts, tokenizer: Tokenizer) -> Result<Self, TextError> {
-        if let Some(bos) = &parts.bos && tokenizer.token_id(&bos.text) != Some(bos.id) {
+        if let Some(bos) = &parts.bos
+            && tokenizer.token_id(&bos.text) != Some(bos.id)
+        {
             let found = format!("{} {:?}", bos.id, bos.text);
             return Err(TextError::bundle("text.bos", "a token of the vocabulary", found));
         }
@@ -301,11 +307,16 @@ impl ModelText {
         }
         if parts.stop_tokens.len() > STOP_TOKENS_MAX {
             let expected = format!("at most {STOP_TOKENS_MAX} tokens");
-            return Err(TextError::bundle("text.stop_tokens", expected, parts.stop_tokens.len().to_string()));
+            return Err(TextError::bundle(
+                "text.stop_tokens",
+                expected,
+                parts.stop_tokens.len().to_string(),
+            ));
         }
         let tokens = parts.template_tokens;
         let template = parts.chat_template;
-        let chat_template = template.map(|source| ChatTemplate::new(&source, tokens)).transpose()?;
+        let chat_template =
+            template.map(|source| ChatTemplate::new(&source, tokens)).transpose()?;
         let text = Self {
             bos: parts.bos,
             add_bos: parts.add_bos,

@@ -34,10 +34,7 @@ pub(crate) enum Prepend {
 /// How the text is cut before merging.
 pub(crate) enum Split {
     /// By a pattern; digits may be set apart before that.
-    Pattern {
-        regex: SysRegex,
-        digits_apart: bool,
-    },
+    Pattern { regex: SysRegex, digits_apart: bool },
     /// Not at all.
     Whole,
     /// Before each `▁`.
@@ -84,8 +81,8 @@ impl Pipeline {
             steps if !pipeline.metaspace => pattern_split(steps)?,
             _ => None,
         };
-        let understood = !(pipeline.nfc && pipeline.metaspace) && !odd_added_tokens(spec, &pipeline);
-        Ok(split.filter(|_| understood).map(|split| Self { split, ..pipeline }))
+        let odd = pipeline.nfc && pipeline.metaspace || odd_added_tokens(spec, &pipeline);
+        Ok(split.filter(|_| !odd).map(|split| Self { split, ..pipeline }))
     }
 
     fn add_normalizer(&mut self, step: &Value) -> bool {
@@ -123,7 +120,8 @@ impl Pipeline {
 }
 
 fn regex(pattern: &str) -> Result<SysRegex, TextError> {
-    SysRegex::new(pattern).map_err(|e| TextError::tokenizer("pre_tokenizer", "a pattern", e.to_string()))
+    SysRegex::new(pattern)
+        .map_err(|e| TextError::tokenizer("pre_tokenizer", "a pattern", e.to_string()))
 }
 
 fn is_type(step: &Value, name: &str) -> bool {

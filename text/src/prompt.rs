@@ -124,7 +124,10 @@ mod tests {
     #[test]
     fn plain_prompts_exactly() {
         let user = Message::new(Role::User, " \n Hi there.\t\n");
-        assert_eq!(plain_prompt(&[user.clone()]), "\n\n[User]\nHi there.\n\n[Assistant]\n");
+        assert_eq!(
+            plain_prompt(std::slice::from_ref(&user)),
+            "\n\n[User]\nHi there.\n\n[Assistant]\n"
+        );
         let turns = [
             Message::new(Role::System, "Be kind. "),
             user,

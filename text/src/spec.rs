@@ -141,7 +141,11 @@ impl Spec {
         for (text, id) in &self.vocab {
             if u64::from(*id) > TOKEN_ID_MAX {
                 let field = format!("model.vocab[{text:?}]");
-                return Err(TextError::tokenizer(field, format!("an id up to {TOKEN_ID_MAX}"), id.to_string()));
+                return Err(TextError::tokenizer(
+                    field,
+                    format!("an id up to {TOKEN_ID_MAX}"),
+                    id.to_string(),
+                ));
             }
         }
         let known: HashSet<&str> = self.vocab.iter().map(|(text, _)| text.as_str()).collect();
@@ -149,12 +153,20 @@ impl Spec {
             for text in [left.as_str(), right.as_str(), &format!("{left}{right}")] {
                 if !known.contains(text) || text.is_empty() {
                     let field = format!("model.merges[{index}]");
-                    return Err(TextError::tokenizer(field, "tokens of the vocabulary", format!("{text:?}")));
+                    return Err(TextError::tokenizer(
+                        field,
+                        "tokens of the vocabulary",
+                        format!("{text:?}"),
+                    ));
                 }
             }
         }
         if let Some(unk) = self.unk_token.as_deref().filter(|unk| !known.contains(unk)) {
-            return Err(TextError::tokenizer("model.unk_token", "a token of the vocabulary", format!("{unk:?}")));
+            return Err(TextError::tokenizer(
+                "model.unk_token",
+                "a token of the vocabulary",
+                format!("{unk:?}"),
+            ));
         }
         Ok(())
     }
@@ -212,7 +224,11 @@ fn check_model(model: &Map<String, Value>) -> Result<(), TextError> {
     for name in ["continuing_subword_prefix", "end_of_word_suffix"] {
         let text = model.get(name).and_then(Value::as_str).unwrap_or("");
         if !text.is_empty() {
-            return Err(TextError::unsupported(format!("model.{name}"), format!("{text:?}"), "none"));
+            return Err(TextError::unsupported(
+                format!("model.{name}"),
+                format!("{text:?}"),
+                "none",
+            ));
         }
     }
     let dropout = model.get("dropout").and_then(Value::as_f64).unwrap_or(0.0);
@@ -226,13 +242,16 @@ fn read_vocab(vocab: Option<Value>) -> Result<Vec<(String, u32)>, TextError> {
     let Some(Value::Object(vocab)) = vocab else {
         return Err(TextError::tokenizer("model.vocab", "an object", "none"));
     };
-    vocab.into_iter().map(|(text, id)| {
-        let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
-        let number = number.ok_or_else(|| {
-            TextError::tokenizer(format!("model.vocab[{text:?}]"), "an id", id.to_string())
-        })?;
-        Ok((text, number))
-    }).collect()
+    vocab
+        .into_iter()
+        .map(|(text, id)| {
+            let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
+            let number = number.ok_or_else(|| {
+                TextError::tokenizer(format!("model.vocab[{text:?}]"), "an id", id.to_string())
+            })?;
+            Ok((text, number))
+        })
+        .collect()
 }
 
 fn read_merges(merges: Option<Value>) -> Result<Vec<(String, String)>, TextError> {
@@ -241,20 +260,28 @@ fn read_merges(merges: Option<Value>) -> Result<Vec<(String, String)>, TextError
     };
     let comment = |value: &Value| value.as_str().is_some_and(|line| line.starts_with("#version"));
     let lines = merges.into_iter().filter(|value| !comment(value)).enumerate();
-    lines.map(|(index, value)| {
-        let pair = match &value {
-            Value::String(line) => line.split_once(' '),
-            Value::Array(pair) => match pair.as_slice() {
-                [Value::String(left), Value::String(right)] => Some((left.as_str(), right.as_str())),
+    lines
+        .map(|(index, value)| {
+            let pair = match &value {
+                Value::String(line) => line.split_once(' '),
+                Value::Array(pair) => match pair.as_slice() {
+                    [Value::String(left), Value::String(right)] => {
+                        Some((left.as_str(), right.as_str()))
+                    }
+                    _ => None,
+                },
                 _ => None,
-            },
-            _ => None,
-        };
-        let (left, right) = pair.ok_or_else(|| {
-            TextError::tokenizer(format!("model.merges[{index}]"), "two tokens", value.to_string())
-        })?;
-        Ok((left.to_owned(), right.to_owned()))
-    }).collect()
+            };
+            let (left, right) = pair.ok_or_else(|| {
+                TextError::tokenizer(
+                    format!("model.merges[{index}]"),
+                    "two tokens",
+                    value.to_string(),
+                )
+            })?;
+            Ok((left.to_owned(), right.to_owned()))
+        })
+        .collect()
 }
 
 fn read_added(added: Option<Value>) -> Result<Vec<AddedToken>, TextError> {

@@ -94,7 +94,8 @@ mod tests {
     /// The rule over the whole text: every end position in turn, the longest stop that ends there.
     fn naive(stops: &[String], text: &str) -> (String, bool) {
         for end in (0..=text.len()).filter(|&i| text.is_char_boundary(i)) {
-            let ending = stops.iter().filter(|s| !s.is_empty() && text[..end].ends_with(s.as_str()));
+            let ending =
+                stops.iter().filter(|s| !s.is_empty() && text[..end].ends_with(s.as_str()));
             if let Some(longest) = ending.map(String::len).max() {
                 return (text[..end - longest].to_owned(), true);
             }

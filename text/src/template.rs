@@ -72,7 +72,8 @@ impl ChatTemplate {
     /// It is too long, or no Jinja.
     pub fn new(source: &str, tokens: TemplateTokens) -> Result<Self, TextError> {
         if source.len() > TEMPLATE_BYTES_MAX {
-            let message = format!("{} bytes long, at most {TEMPLATE_BYTES_MAX} are read", source.len());
+            let message =
+                format!("{} bytes long, at most {TEMPLATE_BYTES_MAX} are read", source.len());
             return Err(TextError::Template(message));
         }
         let mut environment = environment();
@@ -174,7 +175,10 @@ struct Bounded {
 impl io::Write for Bounded {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
         if self.bytes.len() + piece.len() > self.bytes_max {
-            return Err(io::Error::other(format!("the prompt is longer than {} bytes", self.bytes_max)));
+            return Err(io::Error::other(format!(
+                "the prompt is longer than {} bytes",
+                self.bytes_max
+            )));
         }
         self.bytes.extend_from_slice(piece);
         Ok(piece.len())
@@ -237,11 +241,19 @@ fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
 struct OneLine;
 
 impl Formatter for OneLine {
-    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+    fn begin_array_value<W: ?Sized + io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
         writer.write_all(if first { b"" } else { b", " })
     }
 
-    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+    fn begin_object_key<W: ?Sized + io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
         writer.write_all(if first { b"" } else { b", " })
     }
 
@@ -251,8 +263,18 @@ impl Formatter for OneLine {
 }
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-    "November", "December",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 ];
 const WEEKDAYS: [&str; 7] =
     ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];

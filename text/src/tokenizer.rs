@@ -80,7 +80,8 @@ impl Tokenizer {
         let whole = load_whole(&json)?;
         let vocab = Arc::new(Vocab::new(spec));
         let encoder = new_encoder(spec, &vocab)?;
-        let encoder = encoder.filter(|encoder| PROBES.iter().all(|text| agrees(&whole, encoder, text)));
+        let encoder =
+            encoder.filter(|encoder| PROBES.iter().all(|text| agrees(&whole, encoder, text)));
         let strips_first_space = spec.decoder == DecoderKind::Metaspace { strip_first_space: true };
         let fingerprint = Fingerprint::of(json.as_bytes());
         let inner = Inner { whole, json, fingerprint, vocab, encoder, strips_first_space };
@@ -165,11 +166,14 @@ impl Tokenizer {
 /// The `tokenizers` crate's tokenizer. The description has been checked, but a panic in there must not
 /// become ours.
 fn load_whole(json: &str) -> Result<tokenizers::Tokenizer, TextError> {
-    let loaded = catch_unwind(AssertUnwindSafe(|| tokenizers::Tokenizer::from_bytes(json.as_bytes())));
+    let loaded =
+        catch_unwind(AssertUnwindSafe(|| tokenizers::Tokenizer::from_bytes(json.as_bytes())));
     match loaded {
         Ok(Ok(whole)) => Ok(whole),
         Ok(Err(e)) => Err(TextError::tokenizer("tokenizer.json", "a tokenizer", e.to_string())),
-        Err(_) => Err(TextError::tokenizer("tokenizer.json", "a tokenizer", "one that cannot be built")),
+        Err(_) => {
+            Err(TextError::tokenizer("tokenizer.json", "a tokenizer", "one that cannot be built"))
+        }
     }
 }
 
@@ -205,5 +209,8 @@ fn agrees(whole: &tokenizers::Tokenizer, encoder: &Arc<Encoder>, text: &str) -> 
     }
     let closed = stream.close(&mut ids).is_ok();
     let expected = encode_whole(whole, text);
-    closed && expected.is_ok_and(|expected| if stream.unclear() { expected.starts_with(&ids) } else { expected == ids })
+    closed
+        && expected.is_ok_and(|expected| {
+            if stream.unclear() { expected.starts_with(&ids) } else { expected == ids }
+        })
 }

@@ -50,7 +50,8 @@ impl Vocab {
             }
         }
         vocab.keys.sorted.sort_unstable();
-        vocab.keys.bytes_max = vocab.keys.sorted.iter().map(|(key, _)| key.len()).max().unwrap_or(0);
+        vocab.keys.bytes_max =
+            vocab.keys.sorted.iter().map(|(key, _)| key.len()).max().unwrap_or(0);
         vocab
     }
 

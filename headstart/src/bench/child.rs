@@ -112,8 +112,7 @@ fn tail(path: &Path) -> String {
 /// The line that says what went wrong: the last one that speaks of an error, or else the last.
 /// A bare `CMake Error at …:` is told together with the line that follows it.
 fn last_words(said: &str) -> Option<String> {
-    let lines: Vec<&str> =
-        said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let speaks = |line: &&str| line.to_lowercase().contains("error");
     let at = lines.iter().rposition(speaks).unwrap_or(lines.len().checked_sub(1)?);
     let line = lines[at].trim_start_matches("ERROR: ");
@@ -184,7 +183,10 @@ mod tests {
             "CMake Error at CMakeLists.txt:2 (project): No CMAKE_CXX_COMPILER could be found.";
         // The last line that speaks of an error wins; this one is bare.
         assert_eq!(last_words(cmake).unwrap(), expected);
-        assert_eq!(last_words("ERROR: No matching distribution\n\n").unwrap(), "No matching distribution");
+        assert_eq!(
+            last_words("ERROR: No matching distribution\n\n").unwrap(),
+            "No matching distribution"
+        );
         assert_eq!(last_words("one\ntwo\n").unwrap(), "two");
         assert_eq!(last_words(" \n"), None);
     }

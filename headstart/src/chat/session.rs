@@ -193,7 +193,7 @@ impl Answer {
             return "(an empty answer)".to_owned();
         };
         let tokens = self.finished.completion_tokens;
-        let mut parts = vec![format!("first text after {} ms", first.as_millis())];
+        let mut parts = vec![format!("TTFT {} ms", first.as_millis())];
         if tokens > 1 && !self.writing.is_zero() {
             let rate = f64::from(tokens - 1) / self.writing.as_secs_f64();
             parts.push(format!("{tokens} tokens, {rate:.1} tokens/s"));
@@ -265,7 +265,7 @@ mod tests {
         };
         assert_eq!(
             answer(draft).summary(),
-            "first text after 85 ms · 41 tokens, 20.0 tokens/s · small → large, switched at 12: \
+            "TTFT 85 ms · 41 tokens, 20.0 tokens/s · small → large, switched at 12: \
              kept 13 of 15 drafted"
         );
     }

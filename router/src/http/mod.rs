@@ -79,11 +79,7 @@ async fn completion(State(door): State<Door>, request: Request) -> Result<Respon
     generate(door.core, Format::Completion, request).await
 }
 
-async fn generate(
-    core: Arc<Core>,
-    format: Format,
-    request: Request,
-) -> Result<Response, Refusal> {
+async fn generate(core: Arc<Core>, format: Format, request: Request) -> Result<Response, Refusal> {
     let parsed = match read_body(&core, request).await {
         Ok(body) => parse(format, &body),
         Err(error) => Err(error),

@@ -85,12 +85,7 @@ impl Fields {
     }
 
     /// Takes an integer in `low..=high`, both of which fit 32 bits.
-    pub(crate) fn small(
-        &mut self,
-        field: &str,
-        low: u32,
-        high: u32,
-    ) -> Result<Option<u32>, Error> {
+    pub(crate) fn small(&mut self, field: &str, low: u32, high: u32) -> Result<Option<u32>, Error> {
         let number = self.integer(field, low.into(), high.into())?;
         Ok(number.and_then(|number| u32::try_from(number).ok()))
     }
@@ -176,8 +171,7 @@ fn syntax_error(text: &str, error: &serde_json::Error) -> Error {
 
 /// The byte offset of a 1-based line and column (in bytes).
 fn offset_of(text: &str, line: usize, column: usize) -> usize {
-    let before: usize =
-        text.split_inclusive('\n').take(line.saturating_sub(1)).map(str::len).sum();
+    let before: usize = text.split_inclusive('\n').take(line.saturating_sub(1)).map(str::len).sum();
     (before + column.saturating_sub(1)).min(text.len())
 }
 

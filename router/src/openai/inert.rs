@@ -38,10 +38,8 @@ const CHAT: &[Inert] = &[
 ];
 
 /// For completions.
-const COMPLETION: &[Inert] = &[
-    ("echo", is_false, "false"),
-    ("suffix", |v| v.as_str() == Some(""), "absent"),
-];
+const COMPLETION: &[Inert] =
+    &[("echo", is_false, "false"), ("suffix", |v| v.as_str() == Some(""), "absent")];
 
 fn is_false(value: &Value) -> bool {
     value.as_bool() == Some(false)
@@ -64,9 +62,9 @@ fn is_text_only(value: &Value) -> bool {
 }
 
 fn is_text_format(value: &Value) -> bool {
-    value
-        .as_object()
-        .is_some_and(|map| map.len() == 1 && map.get("type").and_then(Value::as_str) == Some("text"))
+    value.as_object().is_some_and(|map| {
+        map.len() == 1 && map.get("type").and_then(Value::as_str) == Some("text")
+    })
 }
 
 /// Takes the inert fields of a chat completion.

@@ -84,7 +84,8 @@ fn join_parts(name: &str, parts: Vec<Value>) -> Result<String, Error> {
         }
         let text_name = fields.name("text");
         let text = fields.string("text")?;
-        let text = text.ok_or_else(|| Error::invalid(&text_name, format!("{text_name} is required")))?;
+        let text =
+            text.ok_or_else(|| Error::invalid(&text_name, format!("{text_name} is required")))?;
         fields.finish()?;
         if index > 0 {
             joined.push('\n');

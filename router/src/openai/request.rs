@@ -80,16 +80,13 @@ fn prompt(value: Value) -> Result<Vec<Message>, Error> {
     let expected = "a string or an array of one string";
     let content = match value {
         Value::String(text) => text,
-        Value::Array(mut items) if items.len() == 1 && items[0].is_string() => {
-            match items.pop() {
-                Some(Value::String(text)) => text,
-                _ => String::new(),
-            }
-        }
+        Value::Array(mut items) if items.len() == 1 && items[0].is_string() => match items.pop() {
+            Some(Value::String(text)) => text,
+            _ => String::new(),
+        },
         other => return Err(wrong_type("prompt", expected, &other)),
     };
-    check_content(0, &content)
-        .map_err(|_| Error::invalid("prompt", "prompt must not be empty"))?;
+    check_content(0, &content).map_err(|_| Error::invalid("prompt", "prompt must not be empty"))?;
     Ok(vec![Message { role: Role::User, content }])
 }
 
@@ -102,7 +99,9 @@ fn max_tokens(fields: &mut Fields, format: Format) -> Result<Option<u32>, Error>
     match (old, new) {
         (Some(old), Some(new)) if old != new => Err(Error::invalid(
             "max_tokens",
-            format!("max_tokens ({old}) and max_completion_tokens ({new}) must be equal when both are given"),
+            format!(
+                "max_tokens ({old}) and max_completion_tokens ({new}) must be equal when both are given"
+            ),
         )),
         _ => Ok(new.or(old)),
     }

@@ -2,9 +2,8 @@ use super::*;
 use headstart_proto::ErrorCode;
 
 fn chat(extra: &str) -> Result<(Ask, Delivery), Error> {
-    let body = format!(
-        r#"{{"model": "b", "messages": [{{"role": "user", "content": "hi"}}]{extra}}}"#
-    );
+    let body =
+        format!(r#"{{"model": "b", "messages": [{{"role": "user", "content": "hi"}}]{extra}}}"#);
     parse(Format::Chat, body.as_bytes())
 }
 
@@ -44,7 +43,8 @@ fn a_full_chat_request_is_read_whole() {
 
 #[test]
 fn absent_and_null_fields_take_their_defaults() {
-    let (ask, delivery) = chat(r#", "temperature": null, "stop": null, "headstart": null"#).unwrap();
+    let (ask, delivery) =
+        chat(r#", "temperature": null, "stop": null, "headstart": null"#).unwrap();
     assert_eq!(ask.sampling, SamplingParams::default());
     assert_eq!((ask.max_tokens, ask.choices, ask.top_logprobs), (None, 1, None));
     assert!(ask.stop.is_empty() && !delivery.stream && !delivery.return_token_ids);
@@ -75,18 +75,30 @@ fn bad_chat_fields_are_refused_by_name() {
         ("frequency_penalty", r#", "frequency_penalty": -3"#, "from -2 to 2"),
         ("stop", r#", "stop": """#, "1 to 1024 bytes"),
         ("stop", r#", "stop": [1]"#, "an array of strings"),
-        ("stop", r#", "stop": ["1","2","3","4","5","6","7","8","9","a","b","c","d","e","f","g","h"]"#, "found 17"),
+        (
+            "stop",
+            r#", "stop": ["1","2","3","4","5","6","7","8","9","a","b","c","d","e","f","g","h"]"#,
+            "found 17",
+        ),
         ("n", r#", "n": 0"#, "from 1 to 16"),
         ("n", r#", "n": 17"#, "from 1 to 16"),
         ("logprobs", r#", "logprobs": 3"#, "true or false"),
         ("top_logprobs", r#", "logprobs": true, "top_logprobs": 21"#, "from 0 to 20"),
         ("top_logprobs", r#", "top_logprobs": 2"#, "needs logprobs"),
         ("stream_options", r#", "stream_options": {"include_usage": true}"#, "needs stream"),
-        ("stream_options.odd", r#", "stream": true, "stream_options": {"odd": 1}"#, "unknown field"),
+        (
+            "stream_options.odd",
+            r#", "stream": true, "stream_options": {"odd": 1}"#,
+            "unknown field",
+        ),
         ("headstart", r#", "headstart": 3"#, "an object"),
         ("headstart.window", r#", "headstart": {"window": 0}"#, "from 1 to 4096, found 0"),
         ("headstart.window", r#", "headstart": {"window": 4097}"#, "from 1 to 4096"),
-        ("headstart.threshold", r#", "headstart": {"threshold": 1.5}"#, "above 0 and at most 1, found 1.5"),
+        (
+            "headstart.threshold",
+            r#", "headstart": {"threshold": 1.5}"#,
+            "above 0 and at most 1, found 1.5",
+        ),
         ("headstart.threshold", r#", "headstart": {"threshold": 0}"#, "above 0"),
         ("headstart.threshold", r#", "headstart": {"threshold": NaN}"#, "finite"),
         ("headstart.draft_tokens_max", r#", "headstart": {"draft_tokens_max": 0}"#, "from 1"),
@@ -109,7 +121,10 @@ fn bad_chat_fields_are_refused_by_name() {
         let found = error.field.as_deref().unwrap_or_default();
         // Malformed numbers are found before their object is known, so only their own name is.
         let last = field.rsplit('.').next().unwrap();
-        assert!(found == field || (error.message.contains("finite") && found == last), "{extra}: {found}");
+        assert!(
+            found == field || (error.message.contains("finite") && found == last),
+            "{extra}: {found}"
+        );
         assert!(error.message.contains(part), "{extra}: {}", error.message);
     }
 }
@@ -127,10 +142,16 @@ fn bad_conversations_are_refused() {
         (r#"{"model": "b", "messages": [{"content": "x"}]}"#, "messages[0].role is required"),
         (r#"{"model": "b", "messages": [{"role": "king", "content": "x"}]}"#, "found \"king\""),
         (r#"{"model": "b", "messages": [{"role": "tool", "content": "x"}]}"#, "there are no tools"),
-        (r#"{"model": "b", "messages": [{"role": "developer", "content": "x"}]}"#, "use \"system\""),
+        (
+            r#"{"model": "b", "messages": [{"role": "developer", "content": "x"}]}"#,
+            "use \"system\"",
+        ),
         (r#"{"model": "b", "messages": [{"role": "user"}]}"#, "content must not be empty"),
         (r#"{"model": "b", "messages": [{"role": "user", "content": null}]}"#, "must not be empty"),
-        (r#"{"model": "b", "messages": [{"role": "user", "content": " \n"}]}"#, "must not be empty"),
+        (
+            r#"{"model": "b", "messages": [{"role": "user", "content": " \n"}]}"#,
+            "must not be empty",
+        ),
         (r#"{"model": "b", "messages": [{"role": "user", "content": []}]}"#, "must not be empty"),
         (r#"{"model": "b", "messages": [{"role": "user", "content": 4}]}"#, "array of text parts"),
         (

@@ -251,9 +251,8 @@ fn choice<'a>(
     reason: FinishReason,
     summary: &'a Summary,
 ) -> Choice<'a> {
-    let logprobs = logprobs.then(|| {
-        Logprobs::new(delivery.format, &head.tokenizer, &collected.logprobs, &mut 0)
-    });
+    let logprobs = logprobs
+        .then(|| Logprobs::new(delivery.format, &head.tokenizer, &collected.logprobs, &mut 0));
     let body = match delivery.format {
         Format::Chat => Body::Message(AssistantMessage {
             role: "assistant",

@@ -56,17 +56,24 @@ fn other_failures_are_not_the_clients() {
 
 #[test]
 fn endless_templates_are_refused() {
-    let error = render("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", &hi());
+    let error = render(
+        "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+        &hi(),
+    );
     assert!(matches!(error, Err(TextError::Template(_))), "{error:?}");
     let error = render("{% for i in range(90000) %}{{ '0123456789' * 100 }}{% endfor %}", &hi());
     assert!(matches!(error, Err(TextError::Template(_))), "{error:?}");
     let long = " ".repeat(TEMPLATE_BYTES_MAX + 1);
-    assert!(matches!(ChatTemplate::new(&long, TemplateTokens::default()), Err(TextError::Template(_))));
+    assert!(matches!(
+        ChatTemplate::new(&long, TemplateTokens::default()),
+        Err(TextError::Template(_))
+    ));
 }
 
 #[test]
 fn generation_blocks_change_nothing() {
-    let source = "a {%- generation -%} b {%- endgeneration %} c{% generation %}\nd{% endgeneration %}";
+    let source =
+        "a {%- generation -%} b {%- endgeneration %} c{% generation %}\nd{% endgeneration %}";
     assert_eq!(render(source, &hi()).unwrap(), "ab cd");
 }
 
@@ -92,7 +99,10 @@ fn dates() {
     let at = |days: u64, seconds: u64| UNIX_EPOCH + Duration::from_secs(days * 86_400 + seconds);
     assert_eq!(strftime("%d %b %Y", at(0, 0)), "01 Jan 1970");
     // 2024-02-29 was a Thursday, day 19782.
-    assert_eq!(strftime("%A %-%Y-%m-%d %H:%M:%S %I %p %%", at(19_782, 47_045)), "Thursday %-2024-02-29 13:04:05 01 PM %");
+    assert_eq!(
+        strftime("%A %-%Y-%m-%d %H:%M:%S %I %p %%", at(19_782, 47_045)),
+        "Thursday %-2024-02-29 13:04:05 01 PM %"
+    );
     assert_eq!(strftime("%B %d, %y%", at(20_780, 0)), "November 23, 26%");
     let now = render("{{ strftime_now('%Y') }}", &hi()).unwrap();
     assert!(now.parse::<u32>().unwrap() >= 2024, "{now}");

@@ -17,6 +17,14 @@ const LANES: usize = 32;
 /// Places that a thread reads at once, which keeps more of the memory's lines in flight.
 const STREAMS: usize = 4;
 
+/// Bytes of a buffer that no cache of this machine holds: four times the last-level cache, between 1
+/// and 4 GiB, and at most half of the memory that is there.
+pub(super) fn buffer_bytes() -> u64 {
+    let cache = machine::last_level_cache_bytes().unwrap_or(0);
+    let wanted = cache.saturating_mul(CACHES).clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
+    machine::available_bytes().map_or(wanted, |bytes| wanted.min(bytes / 2))
+}
+
 /// A buffer to read from.
 #[derive(Debug)]
 pub(super) struct Bandwidth {
@@ -25,16 +33,8 @@ pub(super) struct Bandwidth {
 }
 
 impl Bandwidth {
-    /// A buffer to be read by `threads ≥ 1` threads: four times the last-level cache, between 1 and
-    /// 4 GiB, and at most half of the memory that is there.
-    pub(super) fn new(threads: usize) -> Self {
-        let cache = machine::last_level_cache_bytes().unwrap_or(0);
-        let wanted = (CACHES * cache).clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
-        let room = machine::available_bytes().map_or(wanted, |bytes| bytes / 2);
-        Self::with_bytes(wanted.min(room), threads)
-    }
-
-    fn with_bytes(bytes: u64, threads: usize) -> Self {
+    /// A buffer of `bytes`, to be read by `threads ≥ 1` threads.
+    pub(super) fn new(bytes: u64, threads: usize) -> Self {
         let words = usize::try_from(bytes / 8).unwrap_or(0).max(LANES);
         // Not zeros: those would be one page of the kernel's, mapped everywhere.
         Self { words: vec![1; words], threads: threads.max(1) }
@@ -105,7 +105,7 @@ mod tests {
             assert_eq!(sum(&words), length * (length + 1) / 2, "{length}");
         }
         for threads in [1, 2, 3, 7] {
-            let buffer = Bandwidth::with_bytes(8 * 12_345, threads);
+            let buffer = Bandwidth::new(8 * 12_345, threads);
             assert_eq!(buffer.pass().0, 12_345, "{threads}");
         }
     }

@@ -38,6 +38,13 @@ const OPTIONS: [&str; 11] = [
     "-Wno-dev",
 ];
 
+/// The one change to llama.cpp. Older versions of GCC see `_tile_loadconfig` read only the first
+/// eight bytes of the tile configuration and leave the rest unwritten, and the program dies on any
+/// processor with AMX. The added line says that all of it is read; no other instruction changes.
+const PATCH_FILE: &str = "ggml/src/ggml-cpu/amx/mmq.cpp";
+const PATCH_BEFORE: &str = "    _tile_loadconfig(&tc);\n";
+const PATCH_ADDED: &str = "    __asm__ volatile(\"\" : : \"m\"(tc));\n";
+
 /// Unpacks the members of the archive named by the first argument that lie below the second into
 /// the folder named by the third. Names that lead out of it are refused.
 const UNPACK: &str = "import os, sys, tarfile
@@ -128,6 +135,7 @@ impl Builder<'_> {
         let mut unpack = self.python();
         unpack.args(["-c", UNPACK]).arg(&archive).arg(MEMBER).arg(&unpacked);
         self.job(&format!("unpacking {PACKAGE}"), unpack, words.join("unpack.log"))?;
+        patch(&unpacked.join(PATCH_FILE))?;
         rename(&unpacked, &source)?;
         remove_all(&staging)
     }
@@ -150,7 +158,9 @@ impl Builder<'_> {
         configure.env("GIT_CEILING_DIRECTORIES", &self.folder);
         self.job("configuring llama.cpp", configure, words.join("configure.log"))?;
         let mut ninja = Command::new(&tools.ninja);
-        ninja.arg("-C").arg(&build).args(["llama-bench", "llama-batched-bench"]);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        ninja.arg("-C").arg(&build).args(["-j", &cores.to_string()]);
+        ninja.args(["llama-bench", "llama-batched-bench"]);
         let log = words.join("build.log");
         let job = Job { doing: "building llama.cpp", command: ninja, out: log.clone(), err: log };
         job.run(self.cancel, &mut |piece| {
@@ -198,10 +208,19 @@ fn quiet(pip: &mut Command) {
     pip.env("PIP_DISABLE_PIP_VERSION_CHECK", "1").env("PIP_NO_INPUT", "1");
 }
 
+fn patch(path: &Path) -> Result<(), Failure> {
+    let text = fs::read_to_string(path).map_err(|error| failed("read", path, &error))?;
+    if text.matches(PATCH_BEFORE).count() != 1 {
+        let message = format!("{} is not what it is in {PACKAGE}", path.display());
+        return Err(Failure::Failed(message));
+    }
+    write(path, &text.replace(PATCH_BEFORE, &format!("{PATCH_ADDED}{PATCH_BEFORE}")))
+}
+
 /// What a build depends on; one made by another recipe is of no use.
 fn recipe(processor: &Processor) -> String {
     let Processor { name, features } = processor;
-    format!("{PACKAGE}\n{}\n{name}\n{features}\n", OPTIONS.join(" "))
+    format!("{PACKAGE}\n{PATCH_ADDED}{}\n{name}\n{features}\n", OPTIONS.join(" "))
 }
 
 /// The last `[done/total]` of what ninja printed.
@@ -261,6 +280,17 @@ mod tests {
         assert_eq!(ninja_progress(printed), Some((2, 138)));
         assert_eq!(ninja_progress("ninja: no work to do.\n"), None);
         assert_eq!(ninja_progress("[x/y] z"), None);
+    }
+
+    #[test]
+    fn the_patch_goes_to_one_known_place() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(&file, format!("a\n{PATCH_BEFORE}b\n")).unwrap();
+        patch(file.path()).unwrap();
+        let patched = fs::read_to_string(&file).unwrap();
+        assert_eq!(patched, format!("a\n{PATCH_ADDED}{PATCH_BEFORE}b\n"));
+        fs::write(&file, "something else").unwrap();
+        assert!(patch(file.path()).unwrap_err().message().contains(PACKAGE));
     }
 
     #[test]

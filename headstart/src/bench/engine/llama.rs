@@ -111,7 +111,9 @@ fn parse_batched(text: &str) -> Result<BTreeMap<Figure, f64>, Failure> {
         .filter(|line| line.starts_with('{'))
         .map(|line| {
             let row: BatchRow = serde_json::from_str(line).map_err(|error| {
-                Failure::Failed(format!("llama-batched-bench printed a line like no other: {error}"))
+                Failure::Failed(format!(
+                    "llama-batched-bench printed a line like no other: {error}"
+                ))
             })?;
             Ok((Figure::Batch(row.pl), sound("llama-batched-bench", row.speed_tg)?))
         })
@@ -128,4 +130,88 @@ fn sound(program: &str, rate: f64) -> Result<f64, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Shortened: a row has some forty fields.
+    const BENCH: &str = r#"[
+  {
+    "build_commit": "unknown",
+    "model_type": "llama 256M Q4_1",
+    "n_threads": 2,
+    "n_prompt": 512,
+    "n_gen": 0,
+    "n_depth": 0,
+    "avg_ts": 441.5,
+    "samples_ns": [ 1159683000 ],
+    "samples_ts": [ 441.5 ]
+  },
+  {
+    "n_prompt": 0,
+    "n_gen": 128,
+    "avg_ts": 153.2,
+    "samples_ts": [ 153.2 ]
+  }
+]
+"#;
+    const BATCHED: &str = "\n\
+        {\"n_kv_max\": 1280, \"pp\": 32, \"tg\": 48, \"pl\": 1, \"speed_pp\": 300.5, \"speed_tg\": 150.25}\n\
+        {\"n_kv_max\": 1280, \"pp\": 32, \"tg\": 48, \"pl\": 16, \"speed_pp\": 400.0, \"speed_tg\": 318.4}\n\n\
+        llama_perf_context_print: load time = 1.00 ms\n";
+
+    #[test]
+    fn llama_benchs_rows_are_told_apart() {
+        let found = parse_bench(BENCH, &Plan::default()).unwrap();
+        let expected = [(Figure::Prefill, 441.5), (Figure::Decode, 153.2)];
+        assert_eq!(found, BTreeMap::from(expected));
+        let other = Plan { gen_tokens: 32, ..Plan::default() };
+        assert_eq!(parse_bench(BENCH, &other).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn llama_batched_benchs_rows_are_found_among_other_lines() {
+        let found = parse_batched(BATCHED).unwrap();
+        let expected = [(Figure::Batch(1), 150.25), (Figure::Batch(16), 318.4)];
+        assert_eq!(found, BTreeMap::from(expected));
+        assert!(parse_batched("").unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_no_figure_is_refused() {
+        let message =
+            |text: &str| parse_bench(text, &Plan::default()).unwrap_err().message().to_owned();
+        assert!(message("error: no model").contains("llama-bench printed no table in JSON"));
+        assert!(message(&BENCH.replace("[ 441.5 ]", "[ 0.0 ]")).contains("0 tokens a second"));
+        let cut = "{\"pl\": 16, \"speed_tg\": 318.4";
+        let error = parse_batched(cut).unwrap_err();
+        assert!(error.message().contains("llama-batched-bench"), "{}", error.message());
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn both_programs_are_run_and_a_missing_figure_is_named() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let program = |name: &str, prints: &str| {
+            let path = folder.path().join(name);
+            // The arguments go to standard error, to be looked at.
+            let script = format!("#!/bin/sh\necho \"$@\" >&2\ncat <<'END'\n{prints}\nEND\n");
+            fs::write(&path, script).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            path
+        };
+        let llama = Llama {
+            bench: program("bench", BENCH),
+            batched: program("batched", BATCHED),
+            words: folder.path().to_owned(),
+        };
+        let plan = Plan { batches: vec![1, 16], ..Plan::default() };
+        let measure =
+            |plan: &Plan| llama.measure(Path::new("some model.gguf"), 2, plan, &Cancel::default());
+        assert_eq!(measure(&plan).unwrap().len(), 4);
+        let said = |name: &str| fs::read_to_string(folder.path().join(name)).unwrap();
+        assert_eq!(said("llama-bench.err"), "-m some model.gguf -t 2 -r 1 -o json -p 512 -n 128\n");
+        let batched = said("llama-batched-bench.err");
+        assert!(batched.contains("-npp 32 -ntg 48 -npl 1,16 -c 1280"), "{batched}");
+        let error = measure(&Plan::default()).unwrap_err();
+        assert_eq!(error.message(), "llama.cpp gave no figure for batch 4");
+    }
 }

@@ -111,7 +111,9 @@ pub async fn run(args: EngineArgs) -> Result<(), Failure> {
     let local = local.ok_or_else(|| Failure::Failed("fetching brought no model".to_owned()))?;
     let (cancel, json) = (Cancel::default(), args.json.clone());
     let flag = cancel.clone();
-    let mut work = tokio::task::spawn_blocking(move || measure(&args, &local, &flag));
+    let mut work = tokio::task::spawn_blocking(move || {
+        measure(&args, &local, bandwidth::buffer_bytes(), &flag)
+    });
     let joined = tokio::select! {
         joined = &mut work => joined,
         _ = tokio::signal::ctrl_c() => {
@@ -128,6 +130,7 @@ pub async fn run(args: EngineArgs) -> Result<(), Failure> {
 }
 
 /// Both engines' samples, and the machine's.
+#[derive(Default)]
 struct Samples {
     ours: BTreeMap<Figure, Vec<f64>>,
     theirs: BTreeMap<Figure, Vec<f64>>,
@@ -136,7 +139,13 @@ struct Samples {
     resident_bytes_max: Option<u64>,
 }
 
-fn measure(args: &EngineArgs, local: &Local, cancel: &Cancel) -> Result<Report, Failure> {
+/// Measures everything; the memory with a buffer of `buffer_bytes`.
+fn measure(
+    args: &EngineArgs,
+    local: &Local,
+    buffer_bytes: u64,
+    cancel: &Cancel,
+) -> Result<Report, Failure> {
     let llama = match args.against {
         None => None,
         Some(Against::LlamaCpp) if local.path.is_file() => Some(build::llama(cancel)?),
@@ -148,59 +157,54 @@ fn measure(args: &EngineArgs, local: &Local, cancel: &Cancel) -> Result<Report, 
     };
     let plan = args.plan();
     let mut ours = Ours::load(&local.path, args.dtype, args.threads(), &plan)?;
-    let samples = sample(args, local, &plan, &mut ours, llama.as_ref(), cancel)?;
+    let rounds = Rounds { args, local, plan: &plan, llama: llama.as_ref(), buffer_bytes, cancel };
+    let samples = rounds.sample(&mut ours)?;
     report(args, local, &plan, &ours, samples)
 }
 
-/// Round after round: ours, the memory, theirs.
-fn sample(
-    args: &EngineArgs,
-    local: &Local,
-    plan: &Plan,
-    ours: &mut Ours,
-    llama: Option<&Llama>,
-    cancel: &Cancel,
-) -> Result<Samples, Failure> {
-    let mut steps = Steps::start(&format!("measuring {}", local.name), args.repetitions as u64);
-    let mut samples = Samples {
-        ours: BTreeMap::new(),
-        theirs: BTreeMap::new(),
-        bandwidth: Vec::new(),
-        buffer_bytes: 0,
-        resident_bytes_max: None,
-    };
-    let mut memory = None;
-    steps.at(0, "warming up");
-    ours.warm_up(plan, cancel)?;
-    for round in 0..args.repetitions {
-        for figure in plan.figures() {
-            steps.at(round as u64, &plan.name(figure));
-            let rate = match figure {
-                Figure::Prefill => ours.prefill(plan.prompt_tokens, cancel),
-                Figure::Decode => ours.decode(plan.gen_tokens, cancel),
-                Figure::Batch(batch) => {
-                    ours.batch(batch, plan.batch_prompt_tokens, plan.batch_gen_tokens, cancel)
-                }
-            }?;
-            samples.ours.entry(figure).or_default().push(rate);
-        }
-        steps.at(round as u64, "memory");
-        let memory = memory.get_or_insert_with(|| {
-            // Before the buffer is there, which is no part of the engine.
-            samples.resident_bytes_max = machine::resident_bytes_max();
-            Bandwidth::new(args.threads())
-        });
-        samples.buffer_bytes = memory.bytes();
-        samples.bandwidth.push(memory.sample());
-        if let Some(llama) = llama {
-            steps.at(round as u64, "llama.cpp");
-            for (figure, rate) in llama.measure(&local.path, args.threads(), plan, cancel)? {
-                samples.theirs.entry(figure).or_default().push(rate);
+/// What is measured again and again.
+struct Rounds<'a> {
+    args: &'a EngineArgs,
+    local: &'a Local,
+    plan: &'a Plan,
+    llama: Option<&'a Llama>,
+    buffer_bytes: u64,
+    cancel: &'a Cancel,
+}
+
+impl Rounds<'_> {
+    /// Round after round: ours, the memory, theirs.
+    fn sample(&self, ours: &mut Ours) -> Result<Samples, Failure> {
+        let Self { args, local, plan, cancel, .. } = self;
+        let mut steps = Steps::start(&format!("measuring {}", local.name), args.repetitions as u64);
+        let mut samples = Samples::default();
+        let mut memory = None;
+        steps.at(0, "warming up");
+        ours.warm_up(plan, cancel)?;
+        for round in 0..args.repetitions as u64 {
+            for figure in plan.figures() {
+                steps.at(round, &plan.name(figure));
+                let rate = ours.measure(figure, plan, cancel)?;
+                samples.ours.entry(figure).or_default().push(rate);
             }
+            steps.at(round, "memory");
+            let memory = memory.get_or_insert_with(|| {
+                // Before the buffer is there, which is no part of the engine.
+                samples.resident_bytes_max = machine::resident_bytes_max();
+                Bandwidth::new(self.buffer_bytes, args.threads())
+            });
+            samples.buffer_bytes = memory.bytes();
+            samples.bandwidth.push(memory.sample());
+            if let Some(llama) = self.llama {
+                steps.at(round, "llama.cpp");
+                for (figure, rate) in llama.measure(&local.path, args.threads(), plan, cancel)? {
+                    samples.theirs.entry(figure).or_default().push(rate);
+                }
+            }
+            steps.at(round + 1, "");
         }
-        steps.at(round as u64 + 1, "");
+        Ok(samples)
     }
-    Ok(samples)
 }
 
 fn report(
@@ -254,13 +258,17 @@ fn file_bytes(path: &Path) -> u64 {
         return size(path);
     };
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    paths.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).map(|p| size(&p)).sum()
+    paths
+        .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
+        .map(|p| size(&p))
+        .sum()
 }
 
 /// Creates the file if it is not there; what is in it stays.
 fn check_writable(path: &Path) -> Result<(), Failure> {
     let opened = fs::File::options().create(true).append(true).open(path);
-    let failed = |error| Failure::Usage(format!("--json: cannot write {}: {error}", path.display()));
+    let failed =
+        |error| Failure::Usage(format!("--json: cannot write {}: {error}", path.display()));
     opened.map(|_| ()).map_err(failed)
 }
 
@@ -288,5 +296,103 @@ fn between(text: &str, min: usize, max: usize) -> Result<usize, String> {
     match text.parse() {
         Ok(number) if (min..=max).contains(&number) => Ok(number),
         _ => Err(format!("expected an integer from {min} to {max}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser, Debug)]
+    struct Line {
+        #[command(flatten)]
+        args: EngineArgs,
+    }
+
+    fn parsed(flags: &[&str]) -> Result<EngineArgs, String> {
+        let args = ["bench", "--model", "smollm2"].iter().chain(flags);
+        Line::try_parse_from(args).map(|line| line.args).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_defaults_are_what_llama_cpps_programs_measure() {
+        let args = parsed(&[]).unwrap();
+        assert_eq!((args.plan(), args.repetitions), (Plan::default(), 5));
+        assert_eq!((args.against, args.dtype), (None, WeightDtype::Auto));
+        let flags =
+            ["--against=llama.cpp", "--batches=8,1,8", "--pp=128", "--tg=32", "--dtype=bf16"];
+        let args = parsed(&flags).unwrap();
+        assert_eq!((args.against, args.dtype), (Some(Against::LlamaCpp), WeightDtype::Bf16));
+        let plan = args.plan();
+        assert_eq!((plan.prompt_tokens, plan.gen_tokens, plan.batches), (128, 32, vec![1, 8]));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (flag, expected) in [
+            ("--repetitions=0", "from 1 to 1024"),
+            ("--threads=x", "from 1 to 1024"),
+            ("--batches=1,1000", "from 1 to 256"),
+            ("--pp=0", "from 1 to 65536"),
+            ("--dtype=int3", "bf16"),
+            ("--against=candle", "llama.cpp"),
+        ] {
+            let message = parsed(&[flag]).unwrap_err();
+            let name = flag.split('=').next().unwrap();
+            assert!(message.contains(name) && message.contains(expected), "{flag}: {message}");
+        }
+    }
+
+    #[test]
+    fn only_a_file_can_be_given_to_llama_cpp() {
+        let folder = tempfile::tempdir().unwrap();
+        let args = parsed(&["--against=llama.cpp"]).unwrap();
+        let local = Local { path: folder.path().to_owned(), name: "folder".to_owned() };
+        let error = measure(&args, &local, 1 << 20, &Cancel::default()).unwrap_err();
+        assert!(matches!(&error, Failure::Usage(message) if message.contains("GGUF")), "{error:?}");
+    }
+
+    #[test]
+    fn an_unwritable_json_file_is_known_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = check_writable(&folder.path().join("no/such/folder.json")).unwrap_err();
+        assert!(error.message().starts_with("--json: cannot write"), "{}", error.message());
+        let file = folder.path().join("bench.json");
+        fs::write(&file, "kept").unwrap();
+        check_writable(&file).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "kept");
+    }
+
+    /// The whole command on a tiny model, but for llama.cpp. Nothing here depends on speed.
+    #[test]
+    fn a_report_comes_of_a_tiny_model() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/stories260k");
+        let local = Local { path, name: "stories260k".to_owned() };
+        let flags = ["--pp=64", "--tg=8", "--batches=1,3", "--threads=1", "--repetitions=2"];
+        let report =
+            measure(&parsed(&flags).unwrap(), &local, 1 << 20, &Cancel::default()).unwrap();
+        let names: Vec<&str> = report.figures.iter().map(|f| f.name.as_str()).collect();
+        assert_eq!(names, ["pp64", "tg8", "batch 1", "batch 3"]);
+        assert!(report.figures.iter().all(|f| f.ours.samples.len() == 2 && f.ours.min > 0.0));
+        assert!(report.figures.iter().all(|f| f.theirs.is_none() && f.ratio.is_none()));
+        assert_eq!(report.memory.bandwidth.samples.len(), 2);
+        assert!(report.model.file_bytes > report.model.decode_bytes / 2);
+        let share = report.figures[1].ours.median * report.model.decode_bytes as f64
+            / report.memory.bandwidth.median;
+        assert!((report.memory.decode_share - share).abs() < 1e-9);
+        assert!(anstream::adapter::strip_str(&report.table()).to_string().contains("\npp64 "));
+    }
+
+    #[test]
+    fn an_interrupt_ends_it() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/stories260k");
+        let local = Local { path, name: "stories260k".to_owned() };
+        let cancel = Cancel::default();
+        cancel.cancel();
+        let error =
+            measure(&parsed(&["--threads=1"]).unwrap(), &local, 1 << 20, &cancel).unwrap_err();
+        assert!(matches!(error, Failure::Interrupted(_)), "{error:?}");
     }
 }

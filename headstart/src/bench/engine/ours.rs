@@ -10,7 +10,7 @@ use headstart_engine::model::{LoadOptions, Model, WeightDtype};
 use headstart_engine::step::Engine;
 use headstart_engine::{Executor, Request, Sampling, TokenId};
 
-use super::plan::Plan;
+use super::plan::{Figure, Plan};
 use crate::failure::Failure;
 use crate::models::Cancel;
 use crate::models::progress::{Progress, Show};
@@ -62,8 +62,7 @@ impl Ours {
             Failure::Failed(if named { error } else { format!("{path}: {error}") })
         })?);
         plan.check_context(model.config().context_length)?;
-        let options =
-            CpuOptions { threads, kv_tokens: plan.kv_tokens(), ..CpuOptions::default() };
+        let options = CpuOptions { threads, kv_tokens: plan.kv_tokens(), ..CpuOptions::default() };
         let executor = CpuExecutor::new(Arc::clone(&model), options)
             .map_err(|error| Failure::Failed(error.to_string()))?;
         Ok(Self {
@@ -81,6 +80,9 @@ impl Ours {
     /// # Errors
     /// When the engine fails, or `cancel` is set.
     pub(super) fn warm_up(&mut self, plan: &Plan, cancel: &Cancel) -> Result<(), Failure> {
+        for batch in &plan.batches {
+            self.batch(*batch, plan.batch_prompt_tokens, 2, cancel)?;
+        }
         let pages = self.engine.pool().total();
         for _ in 0..pages {
             if self.engine.pool().free() == 0 {
@@ -93,27 +95,43 @@ impl Ours {
                 break;
             }
         }
-        for batch in &plan.batches {
-            self.batch(*batch, plan.batch_prompt_tokens, 2, cancel)?;
-        }
         Ok(())
     }
 
+    /// Tokens a second.
+    ///
+    /// # Errors
+    /// When the engine fails, or `cancel` is set.
+    pub(super) fn measure(
+        &mut self,
+        figure: Figure,
+        plan: &Plan,
+        cancel: &Cancel,
+    ) -> Result<f64, Failure> {
+        match figure {
+            Figure::Prefill => self.prefill(plan.prompt_tokens, cancel),
+            Figure::Decode => self.decode(plan.gen_tokens, cancel),
+            Figure::Batch(batch) => {
+                self.batch(batch, plan.batch_prompt_tokens, plan.batch_gen_tokens, cancel)
+            }
+        }
+    }
+
     /// Prompt tokens a second of one prompt of `tokens`.
-    pub(super) fn prefill(&mut self, tokens: usize, cancel: &Cancel) -> Result<f64, Failure> {
+    fn prefill(&mut self, tokens: usize, cancel: &Cancel) -> Result<f64, Failure> {
         let timing = self.run(1, tokens, 1, cancel)?;
         Ok(rate(tokens, timing.prefill))
     }
 
     /// Tokens a second of one sequence that begins with one token and grows by one a step.
-    pub(super) fn decode(&mut self, tokens: usize, cancel: &Cancel) -> Result<f64, Failure> {
+    fn decode(&mut self, tokens: usize, cancel: &Cancel) -> Result<f64, Failure> {
         let timing = self.run(1, 1, tokens, cancel)?;
         Ok(rate(tokens, timing.prefill + timing.decode))
     }
 
     /// Tokens a second of `batch` sequences together, each of which writes `tokens` after a prompt.
     /// The prompts' time does not count.
-    pub(super) fn batch(
+    fn batch(
         &mut self,
         batch: usize,
         prompt_tokens: usize,

@@ -121,7 +121,8 @@ mod tests {
 
     #[test]
     fn there_is_room_for_the_largest_run() {
-        let plan = Plan { prompt_tokens: 100, gen_tokens: 10, batches: vec![1, 64], ..Plan::default() };
+        let plan =
+            Plan { prompt_tokens: 100, gen_tokens: 10, batches: vec![1, 64], ..Plan::default() };
         assert!(plan.kv_tokens() >= 64 * (80 + 1));
         assert!(plan.step_tokens() >= 64 * 32);
         assert_eq!(Plan::default().kv_tokens(), 4096);
