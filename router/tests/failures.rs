@@ -79,7 +79,8 @@ async fn a_body_without_a_length_is_bounded_too() {
         "POST /v1/chat/completions HTTP/1.1\r\nhost: t\r\ntransfer-encoding: chunked\r\n\r\n";
     stream.write_all(head.as_bytes()).await.unwrap();
     let chunk = format!("400\r\n{}\r\n", "x".repeat(1024));
-    let _ = stream.write_all(chunk.repeat(3).as_bytes()).await;
+    let body = format!("{}0\r\n\r\n", chunk.repeat(3));
+    let _ = stream.write_all(body.as_bytes()).await;
     let mut reply = [0; 12];
     stream.read_exact(&mut reply).await.unwrap();
     assert_eq!(&reply, b"HTTP/1.1 413");

@@ -197,7 +197,7 @@ fn the_rule_for_bos_in_a_gguf_file() {
     let bos = ("bos_token_id", Meta::Unsigned(u64::from(id)));
     assert!(!with(&[]).unwrap().add_bos());
     assert!(!with(&[("add_bos_token", Meta::Bool(true))]).unwrap().add_bos());
-    assert!(with(&[bos.clone()]).unwrap().add_bos());
+    assert!(with(std::slice::from_ref(&bos)).unwrap().add_bos());
     assert!(with(&[bos.clone(), ("add_bos_token", Meta::Bool(true))]).unwrap().add_bos());
     let without = with(&[bos, ("add_bos_token", Meta::Bool(false))]).unwrap();
     assert!(!without.add_bos());

@@ -183,6 +183,13 @@ impl Model {
         });
         layers.chain([&self.embedding]).chain(&self.head).map(Matrix::bytes).sum()
     }
+
+    /// Bytes of the matrices that each step reads whole: all but an embedding that is not the head.
+    #[must_use]
+    pub fn decode_bytes(&self) -> usize {
+        let looked_up = self.head.as_ref().map_or(0, |_| self.embedding.bytes());
+        self.weight_bytes() - looked_up
+    }
 }
 
 #[cfg(test)]

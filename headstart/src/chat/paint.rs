@@ -85,12 +85,13 @@ mod tests {
         let mut bytes = Vec::new();
         let choice =
             if colours { anstream::ColorChoice::AlwaysAnsi } else { anstream::ColorChoice::Never };
-        let mut painter = Painter::new(anstream::AutoStream::new(&mut bytes, choice));
-        for (source, text) in pieces {
-            painter.text(*source, text);
+        {
+            let mut painter = Painter::new(anstream::AutoStream::new(&mut bytes, choice));
+            for (source, text) in pieces {
+                painter.text(*source, text);
+            }
+            painter.end();
         }
-        painter.end();
-        drop(painter);
         String::from_utf8(bytes).unwrap()
     }
 

@@ -304,10 +304,10 @@ impl<'a> Pull<'a> {
             return;
         };
         for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-            if path.extension().is_some_and(|e| e == "part") {
-                if let Err(error) = fs::remove_file(&path) {
-                    eprintln!("cannot remove {}: {error}", path.display());
-                }
+            if path.extension().is_some_and(|e| e == "part")
+                && let Err(error) = fs::remove_file(&path)
+            {
+                eprintln!("cannot remove {}: {error}", path.display());
             }
         }
     }

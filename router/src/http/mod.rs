@@ -11,8 +11,8 @@ use axum::extract::{Path, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use bytes::Bytes;
-use futures::stream;
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt as _, stream};
 use headstart_proto::{Error, ErrorCode};
 
 use crate::generate::{Core, Generation};
@@ -23,6 +23,9 @@ use crate::outbox::Event;
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const EVENT_STREAM: HeaderValue = HeaderValue::from_static("text/event-stream; charset=utf-8");
+
+/// Bytes beyond the body's bound that are read for the sake of a clear answer.
+const THROWN_BYTES_MAX: usize = 64 << 20;
 
 /// What the handlers share.
 #[derive(Clone)]
@@ -95,33 +98,35 @@ async fn generate(core: Arc<Core>, format: Format, request: Request) -> Result<R
 
 /// Reads the body, within its bounds of size and time.
 async fn read_body(core: &Core, request: Request) -> Result<Bytes, Error> {
-    let bytes_max = core.options.body_bytes_max;
-    let too_large = || {
+    let body = collect(request.into_body(), core.options.body_bytes_max);
+    tokio::time::timeout(core.options.read_timeout, body).await.unwrap_or_else(|_| {
+        let message = format!("the body did not arrive within {:?}", core.options.read_timeout);
+        Err(Error::new(ErrorCode::DeadlineExceeded, message))
+    })
+}
+
+/// Collects a body. What exceeds `bytes_max` is read and thrown away, up to a bound: most clients
+/// look for an answer only when all of their body is sent.
+async fn collect(body: Body, bytes_max: usize) -> Result<Bytes, Error> {
+    let mut pieces = body.into_data_stream();
+    let mut kept = BytesMut::new();
+    let mut length = 0;
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.map_err(|error| {
+            Error::new(ErrorCode::InvalidArgument, format!("read the body: {error}"))
+        })?;
+        length += piece.len();
+        if length <= bytes_max {
+            kept.extend_from_slice(&piece);
+        } else if length > bytes_max.saturating_add(THROWN_BYTES_MAX) {
+            break;
+        }
+    }
+    if length > bytes_max {
         let message = format!("the body must be at most {bytes_max} bytes");
-        Error::new(ErrorCode::TooLarge, message)
-    };
-    let told = request.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok());
-    if told.and_then(|told| told.parse::<u64>().ok()).is_some_and(|told| told > bytes_max as u64) {
-        return Err(too_large());
+        return Err(Error::new(ErrorCode::TooLarge, message));
     }
-    let reading = axum::body::to_bytes(request.into_body(), bytes_max);
-    match tokio::time::timeout(core.options.read_timeout, reading).await {
-        Ok(Ok(body)) => Ok(body),
-        Ok(Err(error)) => {
-            let mut cause: Option<&dyn std::error::Error> = Some(&error);
-            while let Some(inner) = cause {
-                if inner.to_string().contains("length limit") {
-                    return Err(too_large());
-                }
-                cause = inner.source();
-            }
-            Err(Error::new(ErrorCode::InvalidArgument, format!("read the body: {error}")))
-        }
-        Err(_) => {
-            let message = format!("the body did not arrive within {:?}", core.options.read_timeout);
-            Err(Error::new(ErrorCode::DeadlineExceeded, message))
-        }
-    }
+    Ok(kept.freeze())
 }
 
 async fn whole(

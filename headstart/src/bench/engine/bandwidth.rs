@@ -1,8 +1,11 @@
 //! How fast this machine reads memory: a sum over a buffer that no cache holds.
 
 use std::hint::black_box;
+use std::io;
 use std::sync::Barrier;
 use std::time::Instant;
+
+use memmap2::MmapMut;
 
 use crate::bench::machine;
 
@@ -14,8 +17,8 @@ const BUFFER_BYTES_MAX: u64 = 4 << 30;
 const PASSES: usize = 3;
 /// Sums that grow side by side, so that adding never waits for itself.
 const LANES: usize = 32;
-/// Places that a thread reads at once, which keeps more of the memory's lines in flight.
-const STREAMS: usize = 4;
+const WORD_BYTES: usize = size_of::<u64>();
+const STEP_BYTES: usize = LANES * WORD_BYTES;
 
 /// Bytes of a buffer that no cache of this machine holds: four times the last-level cache, between 1
 /// and 4 GiB, and at most half of the memory that is there.
@@ -28,21 +31,31 @@ pub(super) fn buffer_bytes() -> u64 {
 /// A buffer to read from.
 #[derive(Debug)]
 pub(super) struct Bandwidth {
-    words: Vec<u64>,
+    buffer: MmapMut,
     threads: usize,
 }
 
 impl Bandwidth {
-    /// A buffer of `bytes`, to be read by `threads ≥ 1` threads.
-    pub(super) fn new(bytes: u64, threads: usize) -> Self {
-        let words = usize::try_from(bytes / 8).unwrap_or(0).max(LANES);
-        // Not zeros: those would be one page of the kernel's, mapped everywhere.
-        Self { words: vec![1; words], threads: threads.max(1) }
+    /// A buffer of `bytes`, to be read by `threads ≥ 1` threads. It lies on huge pages where the
+    /// system has them, as large matrices do, so that it is memory that is measured and not the page
+    /// table.
+    ///
+    /// # Errors
+    /// When there is not so much memory.
+    pub(super) fn new(bytes: u64, threads: usize) -> io::Result<Self> {
+        let length = usize::try_from(bytes).unwrap_or(usize::MAX).max(STEP_BYTES);
+        let mut buffer = MmapMut::map_anon(length)?;
+        #[cfg(target_os = "linux")]
+        // A kernel without huge pages refuses; then small ones are what matrices have too.
+        let _ = buffer.advise(memmap2::Advice::HugePage);
+        // Pages that nobody wrote to are all the same one.
+        buffer.fill(1);
+        Ok(Self { buffer, threads: threads.max(1) })
     }
 
     /// Bytes of the buffer.
     pub(super) fn bytes(&self) -> usize {
-        self.words.len() * 8
+        self.buffer.len()
     }
 
     /// Bytes a second, read by all threads together.
@@ -53,16 +66,16 @@ impl Bandwidth {
 
     /// The sum of all words, and the seconds it took.
     fn pass(&self) -> (u64, f64) {
-        let part = self.words.len().div_ceil(self.threads);
-        let parts: Vec<&[u64]> = self.words.chunks(part).collect();
+        let part = self.buffer.len().div_ceil(self.threads).next_multiple_of(STEP_BYTES);
+        let parts: Vec<&[u8]> = self.buffer.chunks(part).collect();
         let start = Barrier::new(parts.len() + 1);
         std::thread::scope(|scope| {
-            let read = |words| {
+            let read = |part| {
                 start.wait();
-                sum(words)
+                sum(part)
             };
             let readers: Vec<_> =
-                parts.into_iter().map(|words| scope.spawn(move || read(words))).collect();
+                parts.into_iter().map(|part| scope.spawn(move || read(part))).collect();
             start.wait();
             let begun = Instant::now();
             let sums = readers.into_iter().map(|reader| reader.join().unwrap_or_default());
@@ -72,26 +85,17 @@ impl Bandwidth {
     }
 }
 
-/// The wrapping sum of `words`, read at [`STREAMS`] places at once.
-fn sum(words: &[u64]) -> u64 {
-    let stream = (words.len() / STREAMS / LANES * LANES).max(1);
-    let (streams, rest) = words.split_at((stream * STREAMS).min(words.len()));
+/// The wrapping sum of the little-endian words in `bytes`; what does not fill a step at the end is
+/// left out.
+fn sum(bytes: &[u8]) -> u64 {
     let mut sums = [0u64; LANES];
-    let mut readers: Vec<_> = streams.chunks(stream).map(|s| s.chunks_exact(LANES)).collect();
-    let mut more = true;
-    while more {
-        more = false;
-        for reader in &mut readers {
-            if let Some(lanes) = reader.next() {
-                more = true;
-                for (sum, word) in sums.iter_mut().zip(lanes) {
-                    *sum = sum.wrapping_add(*word);
-                }
-            }
+    for step in bytes.chunks_exact(STEP_BYTES) {
+        let (words, _) = step.as_chunks::<WORD_BYTES>();
+        for (sum, word) in sums.iter_mut().zip(words) {
+            *sum = sum.wrapping_add(u64::from_le_bytes(*word));
         }
     }
-    let tails = readers.iter().flat_map(|reader| reader.remainder()).chain(rest);
-    black_box(sums).iter().chain(tails).fold(0, |total, word| total.wrapping_add(*word))
+    black_box(sums).iter().fold(0, |total, sum| total.wrapping_add(*sum))
 }
 
 #[cfg(test)]
@@ -100,13 +104,15 @@ mod tests {
 
     #[test]
     fn every_word_is_read_once() {
-        for length in [1, 31, 32, 33, 127, 128, 129, 1000, 4096] {
-            let words: Vec<u64> = (1..=length).collect();
-            assert_eq!(sum(&words), length * (length + 1) / 2, "{length}");
+        for length in [0, 32, 64, 4096] {
+            let bytes: Vec<u8> = (1..=length).flat_map(u64::to_le_bytes).collect();
+            assert_eq!(sum(&bytes), length * (length + 1) / 2, "{length}");
         }
         for threads in [1, 2, 3, 7] {
-            let buffer = Bandwidth::new(8 * 12_345, threads);
-            assert_eq!(buffer.pass().0, 12_345, "{threads}");
+            let words = 320 * LANES;
+            let buffer = Bandwidth::new((words * WORD_BYTES) as u64, threads).unwrap();
+            let word = u64::from_le_bytes([1; WORD_BYTES]);
+            assert_eq!(buffer.pass().0, word.wrapping_mul(words as u64), "{threads}");
         }
     }
 }

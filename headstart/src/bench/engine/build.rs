@@ -137,6 +137,7 @@ impl Builder<'_> {
         self.job(&format!("unpacking {PACKAGE}"), unpack, words.join("unpack.log"))?;
         patch(&unpacked.join(PATCH_FILE))?;
         rename(&unpacked, &source)?;
+        steps.at(2, "");
         remove_all(&staging)
     }
 

@@ -188,11 +188,14 @@ impl Rounds<'_> {
                 samples.ours.entry(figure).or_default().push(rate);
             }
             steps.at(round, "memory");
-            let memory = memory.get_or_insert_with(|| {
-                // Before the buffer is there, which is no part of the engine.
-                samples.resident_bytes_max = machine::resident_bytes_max();
-                Bandwidth::new(self.buffer_bytes, args.threads())
-            });
+            let memory = match &memory {
+                Some(memory) => memory,
+                None => {
+                    // Before the buffer is there, which is no part of the engine.
+                    samples.resident_bytes_max = machine::resident_bytes_max();
+                    memory.insert(self.buffer()?)
+                }
+            };
             samples.buffer_bytes = memory.bytes();
             samples.bandwidth.push(memory.sample());
             if let Some(llama) = self.llama {
@@ -204,6 +207,13 @@ impl Rounds<'_> {
             steps.at(round + 1, "");
         }
         Ok(samples)
+    }
+
+    fn buffer(&self) -> Result<Bandwidth, Failure> {
+        let bytes = self.buffer_bytes;
+        Bandwidth::new(bytes, self.args.threads()).map_err(|error| {
+            Failure::Failed(format!("cannot have {bytes} bytes to measure the memory: {error}"))
+        })
     }
 }
 

@@ -110,13 +110,14 @@ impl Report {
     pub(super) fn table(&self) -> String {
         let ModelReport { name, file_bytes, dtype, .. } = &self.model;
         let MachineReport { processor, threads } = &self.machine;
-        let rounds = match self.repetitions {
-            1 => "1 repetition".to_owned(),
-            rounds => format!("{rounds} repetitions"),
+        let counted = |number: usize, what: &str| match number {
+            1 => format!("1 {what}"),
+            _ => format!("{number} {what}s"),
         };
+        let (threads, rounds) = (counted(*threads, "thread"), counted(self.repetitions, "round"));
         let size = human_bytes(*file_bytes);
         let heading = format!(
-            "{HEADING}{name}{HEADING:#} ({size}, dtype {dtype}), {threads} threads of {processor}, {rounds}"
+            "{HEADING}{name}{HEADING:#} ({size}, dtype {dtype}), {threads} of {processor}, {rounds}"
         );
         let figures = render(&self.figure_rows());
         let memory = render(&self.memory_rows());
@@ -246,7 +247,7 @@ mod tests {
     #[test]
     fn alone_it_shows_medians_and_limits() {
         let expected = "\
-small (100 MB, dtype auto), 2 threads of A CPU, 3 repetitions
+small (100 MB, dtype auto), 2 threads of A CPU, 3 rounds
 
 tokens/s  headstart      min … max
 pp512          2000    1990 … 2100
