@@ -38,11 +38,8 @@ impl Cpu {
 fn detect() -> Cpu {
     use std::is_x86_feature_detected as has;
     let avx2 = has!("avx2") && has!("fma") && has!("f16c");
-    let avx512 = avx2
-        && has!("avx512f")
-        && has!("avx512bw")
-        && has!("avx512dq")
-        && has!("avx512vl");
+    let avx512 =
+        avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
     let vnni = avx512 && has!("avx512vnni");
     let bf16 = avx512 && has!("avx512bf16");
     let isa = match (avx2, avx512, vnni, vnni && bf16 && amx::request()) {

@@ -174,7 +174,11 @@ impl Shared {
         let mut round = 0u32;
         while state & INSIDE != 0 {
             round += 1;
-            if round < SPIN_ROUNDS { std::hint::spin_loop() } else { thread::yield_now() }
+            if round < SPIN_ROUNDS {
+                std::hint::spin_loop()
+            } else {
+                thread::yield_now()
+            }
             state = self.state.load(Ordering::Acquire);
         }
     }

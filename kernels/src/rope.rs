@@ -113,7 +113,8 @@ mod tests {
         let pool = ThreadPool::new(2);
         let mut rng = Rng::new(3);
         for (heads, dim, pairs) in [(1, 2, 1), (3, 64, 32), (9, 80, 20), (2, 7, 3)] {
-            let inv: Vec<f32> = (0..pairs).map(|i| 1e4f32.powf(-(i as f32) / pairs as f32)).collect();
+            let inv: Vec<f32> =
+                (0..pairs).map(|i| 1e4f32.powf(-(i as f32) / pairs as f32)).collect();
             let positions: Vec<usize> = (0..150).map(|i| i * 37).collect();
             let x = rng.floats(positions.len() * heads * dim, 1.0);
             let mut angles = RopeAngles::new(inv.clone(), 1.0);
@@ -124,12 +125,12 @@ mod tests {
                 for (r, p) in positions.iter().enumerate() {
                     for h in 0..heads {
                         let at = (r * heads + h) * dim;
-                        for i in 0..pairs {
+                        for (i, f) in inv.iter().enumerate() {
                             let (a, b) = match style {
                                 RopeStyle::HalfSplit => (at + i, at + i + pairs),
                                 RopeStyle::Interleaved => (at + 2 * i, at + 2 * i + 1),
                             };
-                            let (sin, cos) = f64::from(*p as f32 * inv[i]).sin_cos();
+                            let (sin, cos) = f64::from(*p as f32 * f).sin_cos();
                             let (u, v) = (f64::from(x[a]), f64::from(x[b]));
                             assert!((f64::from(got[a]) - (u * cos - v * sin)).abs() < 1e-6);
                             assert!((f64::from(got[b]) - (v * cos + u * sin)).abs() < 1e-6);

@@ -59,7 +59,8 @@ fn join(parts: impl Iterator<Item = Part> + Clone) -> VocabStats {
         if p.max > best.max { p } else { best }
     });
     let chunk = parts.clone().position(|p| p.max == best.max).unwrap_or(0);
-    let sum: f32 = parts.map(|p| if p.max == best.max { p.sum } else { rescale(p, best.max) }).sum();
+    let sum: f32 =
+        parts.map(|p| if p.max == best.max { p.sum } else { rescale(p, best.max) }).sum();
     VocabStats {
         argmax: (chunk * CHUNK) as u32 + best.argmax,
         max: best.max,
@@ -191,7 +192,8 @@ mod tests {
         let mut rng = Rng::new(6);
         for len in [1, 5, 64, 65, 3000] {
             let x: Vec<f32> = (0..len).map(|_| (rng.float(20.0)).round()).collect();
-            let mut all: Vec<(u32, f32)> = x.iter().enumerate().map(|(i, v)| (i as u32, *v)).collect();
+            let mut all: Vec<(u32, f32)> =
+                x.iter().enumerate().map(|(i, v)| (i as u32, *v)).collect();
             all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
             // -0 equals 0 in the order of logits.
             all.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap().then(a.0.cmp(&b.0)));

@@ -11,7 +11,7 @@ use serde_json::json;
 #[test]
 fn sixteen_at_a_time_over_separate_processes() {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    let etcd = runtime.block_on(EtcdServer::start());
+    let etcd = runtime.block_on(EtcdServer::start()).expect("etcd-server is installed");
     let endpoint = etcd.endpoint();
     let (code, model, errors) = run("headstart", &["models", "pull", "smollm2"]);
     assert_eq!(code, Some(0), "{errors}");

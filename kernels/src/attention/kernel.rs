@@ -1,13 +1,17 @@
 //! The inner loops: a block of queries that share one KV head, over all keys in reach.
 
-use super::{KvPool, SEGMENT};
-use crate::math::{dispatch, exp, fma, sum16, tanh};
+use super::{KvPool, SEGMENT, lanes};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::{Cpu, Isa};
+use crate::math::{exp, sum16, tanh};
 use std::cell::Cell;
 
 /// Queries (rows times heads) a block holds at most.
 pub(super) const QUERIES: usize = 24;
-/// Keys that are scored together; pages are whole multiples of it.
-const KEYS: usize = 16;
+/// Keys that are scored together: a vector of lanes; pages are whole multiples of it.
+pub(super) const LANES: usize = 16;
+/// Keys whose weights are computed together.
+pub(super) const KEYS: usize = 64;
 
 /// `rows` neighbouring positions from `first` on, `heads` neighbouring query heads each.
 pub(super) struct Block<'a> {
@@ -39,7 +43,7 @@ pub(super) struct State {
     /// Scaled queries, `[queries][head_dim]`.
     q: Vec<f32>,
     scores: Vec<[f32; KEYS]>,
-    /// Keys `from..to` of the current 16 that each query sees.
+    /// Keys `from..to` of the current block that each query sees.
     seen: Vec<(usize, usize)>,
     segment: Partial,
     total: Partial,
@@ -103,7 +107,7 @@ impl Block<'_> {
         }
     }
 
-    /// Which of the 16 keys from `at` on the query at `position` sees.
+    /// Which of the 64 keys from `at` on the query at `position` sees.
     fn seen(&self, position: usize, at: usize) -> (usize, usize) {
         let from = (position + 1).saturating_sub(self.window).saturating_sub(at).min(KEYS);
         let to = (position + 1).saturating_sub(at).min(KEYS);
@@ -133,84 +137,94 @@ fn join(state: &mut State) {
     }
 }
 
-/// Attends the key blocks `from..to` (16 positions each) into the segment.
+/// Attends the key blocks `from..to` (64 positions each) into the segment.
+fn attend_keys(block: &Block<'_>, from: usize, to: usize, state: &mut State) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        fn avx512(block: &Block<'_>, from: usize, to: usize, state: &mut State) {
+            keys::<lanes::Avx512, true>(block, from, to, state);
+        }
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2(block: &Block<'_>, from: usize, to: usize, state: &mut State) {
+            keys::<lanes::Plain<true>, true>(block, from, to, state);
+        }
+        let isa = Cpu::get().isa;
+        if isa >= Isa::Avx512 {
+            // SAFETY: the processor has these features.
+            return unsafe { avx512(block, from, to, state) };
+        }
+        if isa >= Isa::Avx2 {
+            // SAFETY: the processor has these features.
+            return unsafe { avx2(block, from, to, state) };
+        }
+    }
+    keys::<lanes::Plain<false>, false>(block, from, to, state);
+}
+
 #[inline(always)]
-fn keys_body<const FMA: bool>(block: &Block<'_>, from: usize, to: usize, state: &mut State) {
+fn keys<L: lanes::Lanes, const FMA: bool>(
+    block: &Block<'_>,
+    from: usize,
+    to: usize,
+    state: &mut State,
+) {
     let shape = block.kv.shape();
     let (dim, page_size) = (shape.head_dim, shape.page_size);
     for b in from..to {
-        let (page, slot) = (b * KEYS / page_size, b * KEYS % page_size);
-        let (keys, values) = block.kv.head(block.layer, block.pages[page], block.kv_head);
-        let values = &values[slot * dim..(slot + KEYS) * dim];
+        let at = b * KEYS;
+        let (mut first, mut last) = (KEYS, 0);
         for r in 0..block.rows {
-            let seen = block.seen(block.first + r, b * KEYS);
+            let seen = block.seen(block.first + r, at);
+            if seen.0 < seen.1 {
+                (first, last) = (first.min(seen.0), last.max(seen.1));
+            }
             state.seen[r * block.heads..][..block.heads].fill(seen);
         }
-        score_all::<FMA>(&state.q, dim, &keys[slot..], page_size, &mut state.scores);
+        // Sixteen keys are of one page, the next sixteen may be of another.
+        let parts = first / LANES..last.div_ceil(LANES);
+        let place = |part: usize| {
+            let (page, slot) = ((at + part * LANES) / page_size, (at + part * LANES) % page_size);
+            let (keys, values) = block.kv.head(block.layer, block.pages[page], block.kv_head);
+            (&keys[slot..], &values[slot * dim..(slot + LANES) * dim])
+        };
+        for part in parts.clone() {
+            score_all::<L>(&state.q, dim, place(part).0, page_size, part, &mut state.scores);
+        }
         if let Some(cap) = block.softcap {
             for s in state.scores.as_flattened_mut() {
                 *s = tanh::<FMA>(*s / cap) * cap;
             }
         }
         weigh::<FMA>(state, dim);
-        gather::<FMA>(state, dim, values);
+        for part in parts {
+            gather::<L>(state, dim, place(part).1, part);
+        }
     }
 }
-dispatch! {
-    fn attend_keys(block: &Block<'_>, from: usize, to: usize, state: &mut State) => keys_body
-}
 
-/// `scores[i] = q[i] · keys`, 16 keys at a time. Each score is one chain of products in the order of
-/// the elements, however many queries go together.
+/// Scores all queries against 16 keys.
 #[inline(always)]
-fn score_all<const FMA: bool>(
+fn score_all<L: lanes::Lanes>(
     q: &[f32],
     dim: usize,
     keys: &[f32],
     stride: usize,
+    part: usize,
     scores: &mut [[f32; KEYS]],
 ) {
     let mut i = 0;
     while i + 6 <= scores.len() {
-        score::<6, FMA>(&q[i * dim..], dim, keys, stride, &mut scores[i..]);
+        L::score::<6>(&q[i * dim..], dim, keys, stride, part, &mut scores[i..]);
         i += 6;
     }
     while i + 3 <= scores.len() {
-        score::<3, FMA>(&q[i * dim..], dim, keys, stride, &mut scores[i..]);
+        L::score::<3>(&q[i * dim..], dim, keys, stride, part, &mut scores[i..]);
         i += 3;
     }
     while i < scores.len() {
-        score::<1, FMA>(&q[i * dim..], dim, keys, stride, &mut scores[i..]);
+        L::score::<1>(&q[i * dim..], dim, keys, stride, part, &mut scores[i..]);
         i += 1;
-    }
-}
-
-#[inline(always)]
-fn score<const N: usize, const FMA: bool>(
-    q: &[f32],
-    dim: usize,
-    keys: &[f32],
-    stride: usize,
-    scores: &mut [[f32; KEYS]],
-) {
-    let q: [&[f32]; N] = std::array::from_fn(|i| &q[i * dim..(i + 1) * dim]);
-    // Two chains a query, joined at the end, hide the latency of the multiply-adds.
-    let mut acc = [[[0f32; KEYS]; 2]; N];
-    for d in (0..dim).step_by(2) {
-        for half in 0..2 {
-            let k: &[f32; KEYS] = keys[(d + half) * stride..].first_chunk().expect("16 keys");
-            for i in 0..N {
-                let x = q[i][d + half];
-                for lane in 0..KEYS {
-                    acc[i][half][lane] = fma::<FMA>(x, k[lane], acc[i][half][lane]);
-                }
-            }
-        }
-    }
-    for i in 0..N {
-        for lane in 0..KEYS {
-            scores[i][lane] = acc[i][0][lane] + acc[i][1][lane];
-        }
     }
 }
 
@@ -223,18 +237,26 @@ fn weigh<const FMA: bool>(state: &mut State, dim: usize) {
         if from == to {
             continue;
         }
-        for (lane, s) in s.iter_mut().enumerate() {
-            *s = if lane >= from && lane < to { *s } else { f32::NEG_INFINITY };
-        }
-        let mut top = *s;
-        for width in [8, 4, 2, 1] {
-            for l in 0..width {
-                top[l] = if top[l + width] > top[l] { top[l + width] } else { top[l] };
+        if (from, to) != (0, KEYS) {
+            for (lane, s) in s.iter_mut().enumerate() {
+                *s = if lane >= from && lane < to { *s } else { f32::NEG_INFINITY };
             }
         }
-        let max = if top[0] > part.max[i] { top[0] } else { part.max[i] };
-        for s in s.iter_mut() {
-            *s = exp::<FMA>(*s - max);
+        let (quads, _) = s.as_chunks_mut::<LANES>();
+        let larger = |a: f32, b: f32| if a > b { a } else { b };
+        let mut top: [f32; LANES] = std::array::from_fn(|l| {
+            larger(larger(quads[0][l], quads[1][l]), larger(quads[2][l], quads[3][l]))
+        });
+        for width in [8, 4, 2, 1] {
+            for l in 0..width {
+                top[l] = larger(top[l + width], top[l]);
+            }
+        }
+        let max = larger(top[0], part.max[i]);
+        for quad in quads.iter_mut() {
+            for s in quad.iter_mut() {
+                *s = exp::<FMA>(*s - max);
+            }
         }
         if max > part.max[i] {
             // Exactly 0 for the first block, whose sums are 0 as well.
@@ -243,80 +265,44 @@ fn weigh<const FMA: bool>(state: &mut State, dim: usize) {
             part.acc[i * dim..][..dim].iter_mut().for_each(|a| *a *= factor);
             part.max[i] = max;
         }
-        part.sum[i] += sum16(s);
+        let sums =
+            std::array::from_fn(|l| (quads[0][l] + quads[1][l]) + (quads[2][l] + quads[3][l]));
+        part.sum[i] += sum16(&sums);
     }
 }
 
-/// Adds the weighted values, key by key in ascending order. A key that a query does not see is never
-/// touched for it, so whatever an unused slot holds cannot matter.
+/// Adds the weighted values of 16 keys, key by key in ascending order. A key that a query does not
+/// see is never touched for it, so whatever an unused slot holds cannot matter.
 #[inline(always)]
-fn gather<const FMA: bool>(state: &mut State, dim: usize, values: &[f32]) {
+fn gather<L: lanes::Lanes>(state: &mut State, dim: usize, values: &[f32], part: usize) {
     let queries = state.scores.len();
     let acc = &mut state.segment.acc;
+    let here = |seen: (usize, usize)| {
+        let cut = |key: usize| key.saturating_sub(part * LANES).min(LANES);
+        (cut(seen.0), cut(seen.1))
+    };
     let mut i = 0;
     while i < queries {
-        let n = (queries - i).min(3);
-        let all = state.seen[i..i + n].iter().fold((0, KEYS), |a, s| (a.0.max(s.0), a.1.min(s.1)));
-        let same = state.seen[i..i + n].iter().all(|s| *s == all);
+        let n = if queries - i >= 6 { 6 } else { 3.min(queries - i) };
+        let seen = &state.seen[i..i + n];
         let (acc, w) = (&mut acc[i * dim..(i + n) * dim], &state.scores[i..i + n]);
-        if n == 3 && same {
-            gather_rows::<3, FMA>(acc, dim, w, values, all);
-        } else {
-            for j in 0..n {
-                let seen = state.seen[i + j];
-                gather_rows::<1, FMA>(&mut acc[j * dim..][..dim], dim, &w[j..], values, seen);
+        // What all of them see goes together, the rest one by one.
+        let (from, common) = here((seen[0].0, seen.iter().map(|s| s.1).min().unwrap_or(0)));
+        let together = n >= 3 && common > from && seen.iter().all(|s| s.0 == seen[0].0);
+        if together {
+            match n {
+                6 => L::gather::<6>(acc, dim, w, values, part, from..common),
+                _ => L::gather::<3>(acc, dim, w, values, part, from..common),
+            }
+        }
+        for (j, seen) in seen.iter().enumerate() {
+            let (from, to) = here(*seen);
+            let from = if together { common } else { from };
+            if from < to {
+                let acc = &mut acc[j * dim..][..dim];
+                L::gather::<1>(acc, dim, &w[j..], values, part, from..to);
             }
         }
         i += n;
-    }
-}
-
-#[inline(always)]
-fn gather_rows<const N: usize, const FMA: bool>(
-    acc: &mut [f32],
-    dim: usize,
-    weights: &[[f32; KEYS]],
-    values: &[f32],
-    seen: (usize, usize),
-) {
-    let mut d = 0;
-    while d + 64 <= dim {
-        gather_columns::<N, 64, FMA>(acc, dim, d, weights, values, seen);
-        d += 64;
-    }
-    while d + 16 <= dim {
-        gather_columns::<N, 16, FMA>(acc, dim, d, weights, values, seen);
-        d += 16;
-    }
-    while d + 4 <= dim {
-        gather_columns::<N, 4, FMA>(acc, dim, d, weights, values, seen);
-        d += 4;
-    }
-}
-
-#[inline(always)]
-fn gather_columns<const N: usize, const W: usize, const FMA: bool>(
-    acc: &mut [f32],
-    dim: usize,
-    d: usize,
-    weights: &[[f32; KEYS]],
-    values: &[f32],
-    seen: (usize, usize),
-) {
-    let mut sum = [[0f32; W]; N];
-    for (i, s) in sum.iter_mut().enumerate() {
-        *s = *acc[i * dim + d..].first_chunk().expect("columns of a head");
-    }
-    for key in seen.0..seen.1 {
-        let v: &[f32; W] = values[key * dim + d..].first_chunk().expect("columns of a head");
-        for i in 0..N {
-            let w = weights[i][key];
-            for c in 0..W {
-                sum[i][c] = fma::<FMA>(w, v[c], sum[i][c]);
-            }
-        }
-    }
-    for (i, s) in sum.iter().enumerate() {
-        acc[i * dim + d..][..W].copy_from_slice(s);
     }
 }

@@ -1,7 +1,7 @@
 //! The pool of KV pages.
 
-use crate::{KernelError, ThreadPool};
 use crate::pool::SendPtr;
+use crate::{KernelError, ThreadPool};
 
 /// The shape of a [`KvPool`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,12 +1,13 @@
 //! Causal attention over paged keys and values: grouped queries, online softmax, optional sliding
 //! window and logit soft cap.
 //!
-//! The keys of a query are reduced in blocks of 16 by absolute position, blocks are joined within
+//! The keys of a query are reduced in blocks of 64 by absolute position, blocks are joined within
 //! segments of [`SEGMENT`] positions and segments in ascending order. So a query's result does not
 //! depend on the batch, on the threads, or on how its prompt was cut into calls.
 
 mod kernel;
 mod kv;
+mod lanes;
 
 pub use kv::{KvPool, KvShape, KvSlot};
 
@@ -70,6 +71,8 @@ struct Task {
 /// # Panics
 /// If a shape does not fit: `heads`, the lengths of `q` and `out`, rows outside the batch or of two
 /// sequences, a page table that is too short or names a page outside the pool.
+// By value: the arguments hold the output's only reference.
+#[allow(clippy::needless_pass_by_value)]
 pub fn paged_attention(pool: &ThreadPool, args: AttentionArgs<'_>) {
     let shape = *args.kv.shape();
     let group = check(&args);

@@ -27,10 +27,8 @@ impl Case {
         let (k, v) = (rng.floats(len * width, scale), rng.floats(len * width, 1.0));
         let q = rng.floats(len * heads * shape.head_dim, scale);
         for p in 0..len {
-            let at = KvSlot {
-                page: pages[p / shape.page_size],
-                slot: (p % shape.page_size) as u32,
-            };
+            let at =
+                KvSlot { page: pages[p / shape.page_size], slot: (p % shape.page_size) as u32 };
             kv.write(1, at, &k[p * width..][..width], &v[p * width..][..width]);
         }
         Case { shape, heads, kv, pages, k, v, q, len }
@@ -84,7 +82,8 @@ impl Case {
 }
 
 type Options = (Option<f32>, Option<usize>);
-const OPTIONS: [Options; 4] = [(None, None), (Some(5.0), None), (None, Some(19)), (Some(9.0), Some(70))];
+const OPTIONS: [Options; 4] =
+    [(None, None), (Some(5.0), None), (None, Some(19)), (Some(9.0), Some(70))];
 
 fn cases() -> Vec<Case> {
     let shape = |kv_heads, head_dim, page_size, len: usize| KvShape {
@@ -115,7 +114,10 @@ fn matches_the_reference() {
                 for h in 0..case.heads {
                     let at = (p * case.heads + h) * case.shape.head_dim;
                     for (a, b) in got[at..].iter().zip(case.reference(p, h, opt.0, opt.1)) {
-                        assert!((f64::from(*a) - b).abs() < 2e-5, "case {i} {opt:?} {p} {h}: {a} {b}");
+                        assert!(
+                            (f64::from(*a) - b).abs() < 2e-5,
+                            "case {i} {opt:?} {p} {h}: {a} {b}"
+                        );
                     }
                 }
             }
@@ -154,7 +156,8 @@ fn sequences_of_a_batch_do_not_meet() {
     let mut seqs = Vec::new();
     let mut row = 1;
     for (start, n) in rows {
-        q[row * width..(row + n) * width].copy_from_slice(&case.q[start * width..(start + n) * width]);
+        q[row * width..(row + n) * width]
+            .copy_from_slice(&case.q[start * width..(start + n) * width]);
         seqs.push(AttentionSeq { row, rows: n, start, pages: &case.pages });
         row += n;
     }

@@ -6,6 +6,8 @@
 
 use super::buffer::Buffer;
 use crate::ThreadPool;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::{Cpu, Isa};
 use crate::math::dispatch;
 use crate::pool::SendPtr;
 
@@ -51,7 +53,8 @@ impl Activations {
     pub(super) fn prepare(&mut self, pool: &ThreadPool, x: &[f32], m: usize, cols: usize) {
         (self.m, self.cols) = (m, cols);
         let (groups, blocks) = (cols / 32, cols.div_ceil(256));
-        self.levels.reserve(m * cols * 2);
+        // The tile unit reads a last tile as if it were full.
+        self.levels.reserve(m * cols * 2 + TILE * 64);
         self.sums16.resize(m * groups * 2, 0);
         self.sums32.resize(m * groups, 0);
         self.sums.resize(m * groups, 0.0);
@@ -68,7 +71,7 @@ impl Activations {
                 let stride = (m - tile * TILE).min(TILE);
                 // SAFETY: every offset is inside the buffers sized above and belongs to this row,
                 // which only this task handles.
-                let out = unsafe {
+                let mut out = unsafe {
                     Row {
                         scale,
                         sums16: std::slice::from_raw_parts_mut(
@@ -81,7 +84,7 @@ impl Activations {
                         stride: stride * 64,
                     }
                 };
-                round_row(&x[row * cols..][..cols], out);
+                round_row(&x[row * cols..][..cols], &mut out);
             }
         });
     }
@@ -113,8 +116,18 @@ struct Row<'a> {
     stride: usize,
 }
 
+/// Rounds a row: AVX-512 where there is one, else what the compiler makes of the plain version.
+fn round_row(x: &[f32], out: &mut Row<'_>) {
+    #[cfg(target_arch = "x86_64")]
+    if Cpu::get().isa >= Isa::Avx512 {
+        // SAFETY: the processor has AVX-512; `out` is as long as `x` asks for.
+        return unsafe { avx512::round_row(x, out) };
+    }
+    round_plain(x, out);
+}
+
 #[inline(always)]
-fn round_body<const FMA: bool>(x: &[f32], out: Row<'_>) {
+fn round_body<const FMA: bool>(x: &[f32], out: &mut Row<'_>) {
     // Adding this rounds to the nearest integer (ties to even) and leaves it in the low bits.
     const ROUND: f32 = 12_582_912.0;
     for (b, x) in x.chunks(256).enumerate() {
@@ -158,12 +171,98 @@ fn round_body<const FMA: bool>(x: &[f32], out: Row<'_>) {
         }
     }
 }
-dispatch! { fn round_row(x: &[f32], out: Row<'_>) => round_body }
+dispatch! { fn round_plain(x: &[f32], out: &mut Row<'_>) => round_body }
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::{LIMIT, Row, TINY};
+    use std::arch::x86_64::*;
+
+    /// The same as [`super::round_body`], bit for bit.
+    ///
+    /// # Safety
+    /// AVX-512; `out` holds the groups and blocks of `x`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub(super) unsafe fn round_row(x: &[f32], out: &mut Row<'_>) {
+        for (b, x) in x.chunks(256).enumerate() {
+            let (halves, _) = x.as_chunks::<16>();
+            let magnitude = _mm512_set1_epi32(0x7fff_ffff);
+            let mut top = _mm512_setzero_si512();
+            for h in halves {
+                // SAFETY: sixteen floats.
+                let v = unsafe { _mm512_loadu_si512(h.as_ptr().cast()) };
+                top = _mm512_max_epu32(top, _mm512_and_si512(v, magnitude));
+            }
+            let max = f32::from_bits(_mm512_reduce_max_epu32(top));
+            let usable = max.is_finite() && max >= TINY;
+            out.scale[b] = match (usable, max.is_finite()) {
+                (true, _) => max / LIMIT,
+                (false, true) => 0.0,
+                (false, false) => f32::NAN,
+            };
+            let inverse = _mm512_set1_ps(if usable { LIMIT / max } else { 0.0 });
+            let keep = if usable { u16::MAX } else { 0 };
+            for (j, pair) in halves.chunks_exact(2).enumerate() {
+                let at = b * 8 + j;
+                let mut sum = [0; 2];
+                for (i, h) in pair.iter().enumerate() {
+                    // SAFETY: sixteen floats; the group's 64 bytes are inside the row's levels,
+                    // which only this call writes.
+                    unsafe {
+                        let v = _mm512_maskz_loadu_ps(keep, h.as_ptr());
+                        let q = _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse));
+                        let up = _mm512_add_epi32(q, _mm512_set1_epi32(64));
+                        let high = _mm512_srai_epi32::<7>(up);
+                        let low = _mm512_sub_epi32(q, _mm512_slli_epi32::<7>(high));
+                        let to = out.levels.at(at * out.stride + i * 16);
+                        _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(high));
+                        _mm_storeu_si128(to.add(32).cast(), _mm512_cvtepi32_epi8(low));
+                        sum[i] = _mm512_reduce_add_epi32(q);
+                    }
+                }
+                (out.sums16[2 * at], out.sums16[2 * at + 1]) = (sum[0], sum[1]);
+                out.sums32[at] = sum[0] + sum[1];
+                out.sums[at] = (sum[0] + sum[1]) as f32;
+            }
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::Rng;
+
+    #[test]
+    fn the_plain_version_gives_the_same_bytes() {
+        let mut rng = Rng::new(22);
+        for scale in [1e-40, 1e-3, 1.0, 1e30, f32::INFINITY] {
+            let x = rng.floats(576, scale);
+            let mut bytes = [vec![0u8; 1152], vec![0u8; 1152]];
+            let mut facts = Vec::new();
+            for (plain, bytes) in bytes.iter_mut().enumerate() {
+                let (mut scale, mut sums) = (vec![0.0; 3], vec![0.0; 18]);
+                let (mut sums16, mut sums32) = (vec![0; 36], vec![0; 18]);
+                let mut row = Row {
+                    scale: &mut scale,
+                    sums16: &mut sums16,
+                    sums32: &mut sums32,
+                    sums: &mut sums,
+                    levels: SendPtr(bytes.as_mut_ptr()),
+                    stride: 64,
+                };
+                if plain == 1 {
+                    round_plain(&x, &mut row)
+                } else {
+                    round_row(&x, &mut row)
+                }
+                let scale: Vec<u32> = scale.iter().map(|v| v.to_bits()).collect();
+                facts.push((scale, sums, sums16, sums32));
+            }
+            assert_eq!(bytes[0], bytes[1]);
+            assert_eq!(facts[0], facts[1]);
+        }
+    }
 
     #[test]
     fn rounds_to_fifteen_bits() {

@@ -1,4 +1,5 @@
-//! Products in f32 arithmetic: F32 as it is, every other type expanded tile by tile.
+//! Products in f32 arithmetic: F32 as it is, every other type expanded tile by tile (BF16 where there
+//! is no AMX).
 //!
 //! The sum of an output value runs over its inputs in ascending order, one fused multiply-add each,
 //! in chunks of [`CHUNK`] whose sums are added up in order.
@@ -7,11 +8,14 @@ use super::buffer::Buffer;
 use super::float_kernels::{Micro, micro};
 use super::{Out, PANEL};
 use crate::cpu::Isa;
+use crate::math::dispatch;
 use crate::{DType, ThreadPool, dequantise};
 use std::cell::RefCell;
 
 /// Inputs of one chunk: a multiple of every block length; four panels of it stay in the cache.
 const CHUNK: usize = 512;
+/// Columns of a BF16 tile.
+pub(super) const DEPTH: usize = 32;
 /// Panels that are multiplied together.
 const UNIT: usize = 4;
 
@@ -20,7 +24,8 @@ pub(super) struct FloatTiles {
     dtype: DType,
     rows: usize,
     cols: usize,
-    /// F32: `[panel][col][lane]`. Other types: rows in file order.
+    /// F32 and F16: `[panel][col][lane]`. BF16: `[panel][pair of cols][lane][2]`, columns padded to
+    /// whole tiles. Other types: rows in file order.
     data: Buffer,
 }
 
@@ -29,7 +34,7 @@ thread_local! {
 }
 
 impl FloatTiles {
-    /// Packs rows that `row(index, out)` yields as `dtype` (F32 or BF16).
+    /// Packs rows that `row(index, out)` yields as `dtype` (F32, F16 or BF16).
     pub(super) fn pack(
         pool: &ThreadPool,
         dtype: DType,
@@ -37,25 +42,30 @@ impl FloatTiles {
         cols: usize,
         row: &(dyn Fn(usize, &mut [f32]) + Sync),
     ) -> Self {
-        if dtype != DType::F32 {
-            let mut data = Buffer::new(rows * cols * 2);
-            pool.run_chunks(data.bytes_mut(), (cols * 2).max(1), &|r, out| {
-                let mut wide = vec![0.0; cols];
-                row(r, &mut wide);
-                for (o, v) in out.chunks_exact_mut(2).zip(&wide) {
-                    o.copy_from_slice(&half::bf16::from_f32(*v).to_le_bytes());
-                }
-            });
-            return FloatTiles { dtype, rows, cols, data };
-        }
-        let panel_len = PANEL * cols;
-        let mut data = Buffer::new(rows.div_ceil(PANEL) * panel_len * 4);
-        pool.run_chunks(data.floats_mut(), panel_len.max(1), &|p, panel| {
+        let size = dtype.block_bytes();
+        let depth = if dtype == DType::BF16 { cols.next_multiple_of(DEPTH) } else { cols };
+        let panel_bytes = PANEL * depth * size;
+        let mut data = Buffer::new(rows.div_ceil(PANEL) * panel_bytes);
+        pool.run_chunks(data.bytes_mut(), panel_bytes.max(1), &|p, panel| {
             let mut one = vec![0.0; cols];
             for lane in 0..PANEL.min(rows - p * PANEL) {
                 row(p * PANEL + lane, &mut one);
                 for (k, v) in one.iter().enumerate() {
-                    panel[k * PANEL + lane] = *v;
+                    let at = match dtype {
+                        DType::BF16 => (k / 2 * PANEL + lane) * 4 + k % 2 * 2,
+                        _ => (k * PANEL + lane) * size,
+                    };
+                    match dtype {
+                        DType::F32 => panel[at..at + 4].copy_from_slice(&v.to_le_bytes()),
+                        DType::F16 => {
+                            let v = half::f16::from_f32(*v).to_le_bytes();
+                            panel[at..at + 2].copy_from_slice(&v);
+                        }
+                        _ => {
+                            let v = half::bf16::from_f32(*v).to_le_bytes();
+                            panel[at..at + 2].copy_from_slice(&v);
+                        }
+                    }
                 }
             }
         });
@@ -70,8 +80,9 @@ impl FloatTiles {
         rows: usize,
         cols: usize,
     ) -> Self {
-        if dtype == DType::F32 {
-            let row = |r: usize, out: &mut [f32]| expand(dtype, &bytes[r * cols * 4..], out);
+        if matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+            let size = dtype.block_bytes();
+            let row = |r: usize, out: &mut [f32]| expand(dtype, &bytes[r * cols * size..], out);
             return Self::pack(pool, dtype, rows, cols, &row);
         }
         let mut data = Buffer::new(bytes.len());
@@ -87,15 +98,42 @@ impl FloatTiles {
         self.data.len()
     }
 
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// A BF16 panel and its bytes.
+    pub(super) fn bf16_panel(&self, panel: usize) -> (*const u8, usize) {
+        let bytes = PANEL * self.cols.next_multiple_of(DEPTH) * 2;
+        (self.data.bytes()[panel * bytes..].as_ptr(), bytes)
+    }
+
     pub(super) fn row_f32(&self, row: usize, out: &mut [f32]) {
-        if self.dtype == DType::F32 {
-            let panel = &self.data.floats()[row / PANEL * PANEL * self.cols..];
-            for (o, v) in out.iter_mut().zip(panel[row % PANEL..].iter().step_by(PANEL)) {
-                *o = *v;
+        let (panel, lane) = (row / PANEL, row % PANEL);
+        let half_at =
+            |at: usize| u16::from_le_bytes([self.data.bytes()[at], self.data.bytes()[at + 1]]);
+        match self.dtype {
+            DType::F32 => {
+                let panel = &self.data.floats()[panel * PANEL * self.cols..];
+                for (o, v) in out.iter_mut().zip(panel[lane..].iter().step_by(PANEL)) {
+                    *o = *v;
+                }
             }
-            return;
+            DType::F16 => {
+                for (k, o) in out.iter_mut().enumerate() {
+                    let bits = half_at(((panel * self.cols + k) * PANEL + lane) * 2);
+                    *o = half::f16::from_bits(bits).to_f32();
+                }
+            }
+            DType::BF16 => {
+                let base = panel * PANEL * self.cols.next_multiple_of(DEPTH) * 2;
+                for (k, o) in out.iter_mut().enumerate() {
+                    let bits = half_at(base + (k / 2 * PANEL + lane) * 4 + k % 2 * 2);
+                    *o = half::bf16::from_bits(bits).to_f32();
+                }
+            }
+            _ => self.expand_part(row, 0, out),
         }
-        self.expand_part(row, 0, out);
     }
 
     /// Expands `out.len()` elements of a row from column `from` (a multiple of the block).
@@ -159,15 +197,74 @@ impl FloatTiles {
         }
         scratch.reserve((UNIT * PANEL + 1) * CHUNK * 4);
         let (tiles, one) = scratch.floats_mut().split_at_mut(UNIT * PANEL * CHUNK);
-        for c in 0..columns {
-            let (panel, lane) = (c / PANEL, c % PANEL);
-            self.expand_part(first + c, at, &mut one[..len]);
-            for (k, v) in one[..len].iter().enumerate() {
-                tiles[(panel * CHUNK + k) * PANEL + lane] = *v;
+        for p in 0..columns.div_ceil(PANEL) {
+            let tile = &mut tiles[p * CHUNK * PANEL..][..len * PANEL];
+            let panel = first / PANEL + p;
+            match self.dtype {
+                DType::F16 => {
+                    let from = (panel * self.cols + at) * PANEL * 2;
+                    widen_f16(&self.data.bytes()[from..from + len * PANEL * 2], tile);
+                }
+                DType::BF16 => {
+                    let from = (panel * self.cols.next_multiple_of(DEPTH) + at) * PANEL * 2;
+                    let size = len.next_multiple_of(2) * PANEL * 2;
+                    widen_bf16(&self.data.bytes()[from..from + size], tile);
+                }
+                _ => {
+                    for lane in 0..PANEL.min(columns - p * PANEL) {
+                        self.expand_part(panel * PANEL + lane, at, &mut one[..len]);
+                        for (k, v) in one[..len].iter().enumerate() {
+                            tile[k * PANEL + lane] = *v;
+                        }
+                    }
+                }
             }
         }
         (tiles.as_ptr(), CHUNK * PANEL)
     }
+}
+
+/// Widens halves in order.
+fn widen_f16(from: &[u8], to: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if crate::Cpu::get().isa >= Isa::Avx512 {
+        use std::arch::x86_64::{_mm256_loadu_si256, _mm512_cvtph_ps, _mm512_storeu_ps};
+        /// # Safety
+        /// AVX-512.
+        #[target_feature(enable = "avx512f,avx2")]
+        unsafe fn widen(from: &[u8], to: &mut [f32]) {
+            for (f, t) in from.chunks_exact(32).zip(to.chunks_exact_mut(16)) {
+                // SAFETY: 32 bytes are read, 64 written.
+                unsafe {
+                    let half = _mm256_loadu_si256(f.as_ptr().cast());
+                    _mm512_storeu_ps(t.as_mut_ptr(), _mm512_cvtph_ps(half));
+                }
+            }
+        }
+        // SAFETY: the processor has AVX-512.
+        return unsafe { widen(from, to) };
+    }
+    for (f, t) in from.chunks_exact(2).zip(to) {
+        *t = half::f16::from_le_bytes([f[0], f[1]]).to_f32();
+    }
+}
+
+#[inline(always)]
+fn widen_bf16_body<const FMA: bool>(from: &[u8], to: &mut [f32]) {
+    for (f, t) in from.chunks_exact(4 * PANEL).zip(to.chunks_mut(2 * PANEL)) {
+        // An odd count of columns ends with half a pair.
+        let (even, odd) = t.split_at_mut(PANEL);
+        for (f, t) in f.chunks_exact(4).zip(even) {
+            *t = f32::from_bits(u32::from_le_bytes([0, 0, f[0], f[1]]));
+        }
+        for (f, t) in f.chunks_exact(4).zip(odd) {
+            *t = f32::from_bits(u32::from_le_bytes([0, 0, f[2], f[3]]));
+        }
+    }
+}
+dispatch! {
+    /// Widens pairs of columns.
+    fn widen_bf16(from: &[u8], to: &mut [f32]) => widen_bf16_body
 }
 
 /// Expands the blocks at the front of `bytes` that fill `out`.

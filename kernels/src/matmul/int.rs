@@ -13,13 +13,16 @@
 use super::activations::Activations;
 use super::packed::{Geometry, Kind, QuantTiles, group_values, row_scales};
 use super::{Out, PANEL};
+use crate::cpu::Isa;
 use crate::math::fma;
 
 /// Multiplies panels `panels` of `w` with rows `rows` of `x`.
 ///
 /// # Safety
-/// `out` has the rows of `x` and the columns of `w`; nobody else writes these panels' columns.
+/// `out` has the rows of `x` and the columns of `w`; nobody else writes these panels' columns; the
+/// processor has `isa`.
 pub(super) unsafe fn portable(
+    isa: Isa,
     w: &QuantTiles,
     x: &Activations,
     panels: std::ops::Range<usize>,
@@ -31,11 +34,17 @@ pub(super) unsafe fn portable(
         /// # Safety
         /// As [`portable`], with AVX2 and FMA.
         #[target_feature(enable = "avx2,fma")]
-        unsafe fn avx2(w: &QuantTiles, x: &Activations, panel: usize, rows: std::ops::Range<usize>, out: Out) {
+        unsafe fn avx2(
+            w: &QuantTiles,
+            x: &Activations,
+            panel: usize,
+            rows: std::ops::Range<usize>,
+            out: Out,
+        ) {
             // SAFETY: the caller's promises.
             unsafe { multiply::<true>(w, x, panel, rows, out) }
         }
-        if crate::cpu::Cpu::get().isa >= crate::cpu::Isa::Avx2 {
+        if isa >= Isa::Avx2 {
             for panel in panels {
                 // SAFETY: the caller's promises; the processor has AVX2.
                 unsafe { avx2(w, x, panel, rows.clone(), out) };
@@ -43,6 +52,7 @@ pub(super) unsafe fn portable(
             return;
         }
     }
+    let _ = isa;
     for panel in panels {
         // SAFETY: the caller's promises.
         unsafe { multiply::<false>(w, x, panel, rows.clone(), out) };
@@ -140,8 +150,8 @@ fn block_row<const FMA: bool>(
         }
         if g.kind.has_mins() {
             let xsum = x.sums[row * (x.cols / 32) + b * 8 + j];
-            for lane in 0..PANEL {
-                mins[lane] = fma::<FMA>(block.m[j][lane], xsum, mins[lane]);
+            for (b, m) in mins.iter_mut().zip(&block.m[j]) {
+                *b = fma::<FMA>(*m, xsum, *b);
             }
         }
     }

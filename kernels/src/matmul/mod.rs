@@ -3,14 +3,28 @@
 //! Weights are cut into panels of [`PANEL`] output columns (rows of `W`), one a lane, so a product
 //! needs no sums across lanes, and each panel is one contiguous stream.
 
+mod activations;
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod amx_bf16;
 mod buffer;
 mod float;
 mod float_kernels;
+#[cfg(target_arch = "x86_64")]
+mod formats;
+mod halves;
+mod int;
+mod packed;
+mod plan;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 use crate::cpu::{Cpu, Isa};
 use crate::pool::SendPtr;
 use crate::{DType, KernelError, ThreadPool};
 use float::FloatTiles;
+use packed::{Kind, QuantTiles};
 
 /// Output columns of a panel: the lanes of a 512-bit vector.
 pub(crate) const PANEL: usize = 16;
@@ -24,6 +38,7 @@ pub struct Matrix {
 
 enum Store {
     Float(FloatTiles),
+    Quant(QuantTiles),
 }
 
 /// Where results go: `[m][stride]`, shared by tasks that write different columns.
@@ -93,7 +108,10 @@ impl Matrix {
             let found = bytes.len();
             return Err(KernelError::Length { what: "bytes of the matrix", expected, found });
         }
-        let store = Store::Float(FloatTiles::from_bytes(pool, dtype, bytes, rows, cols));
+        let store = match Kind::of(dtype) {
+            Some(kind) => Store::Quant(QuantTiles::pack(pool, kind, bytes, rows, cols)),
+            None => Store::Float(FloatTiles::from_bytes(pool, dtype, bytes, rows, cols)),
+        };
         Ok(Matrix { rows, cols, store })
     }
 
@@ -111,6 +129,7 @@ impl Matrix {
     pub fn dtype(&self) -> DType {
         match &self.store {
             Store::Float(t) => t.dtype(),
+            Store::Quant(t) => t.dtype(),
         }
     }
 
@@ -118,6 +137,7 @@ impl Matrix {
     pub fn bytes(&self) -> usize {
         match &self.store {
             Store::Float(t) => t.bytes(),
+            Store::Quant(t) => t.bytes(),
         }
     }
 
@@ -130,6 +150,7 @@ impl Matrix {
         assert_eq!(out.len(), self.cols, "row_f32: output length");
         match &self.store {
             Store::Float(t) => t.row_f32(row, out),
+            Store::Quant(t) => t.row_f32(row, out),
         }
     }
 
@@ -177,16 +198,7 @@ fn run_group(
     if m == 0 {
         return;
     }
-    for (w, y) in products.iter_mut() {
-        let out = Out { ptr: SendPtr(y.as_mut_ptr()), stride: w.rows };
-        match &w.store {
-            Store::Float(t) => {
-                let tasks = t.units();
-                // SAFETY: `x` and `y` have the lengths checked above; tasks write their own columns.
-                pool.run(tasks, &|i| unsafe { t.multiply(isa, i, x, m, out) });
-            }
-        }
-    }
+    plan::run(isa, pool, x, m, products);
 }
 
 #[cfg(test)]

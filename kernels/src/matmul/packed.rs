@@ -66,6 +66,16 @@ impl Kind {
         }
     }
 
+    /// Up to so many rows the broadcast kernel beats the tile unit (measured on Sapphire Rapids).
+    pub(super) fn few(self) -> usize {
+        match self {
+            Kind::Q8_0 => 5,
+            Kind::Q4_0 | Kind::Q4_1 | Kind::Q4K => 6,
+            // Groups of 16 fill only a quarter of a tile.
+            Kind::Q6K => 12,
+        }
+    }
+
     pub(super) fn has_mins(self) -> bool {
         matches!(self, Kind::Q4_1 | Kind::Q4K)
     }
@@ -175,10 +185,6 @@ impl QuantTiles {
 
     pub(super) fn rows(&self) -> usize {
         self.rows
-    }
-
-    pub(super) fn panels(&self) -> usize {
-        self.rows.div_ceil(PANEL)
     }
 
     pub(super) fn panel(&self, panel: usize) -> &[u8] {

@@ -22,7 +22,11 @@ pub(crate) fn f16_at(b: &[u8], at: usize) -> f32 {
 pub fn dequantise(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<(), KernelError> {
     let expected = dtype.bytes_for(out.len())?;
     if bytes.len() != expected {
-        return Err(KernelError::Length { what: "bytes of the data", expected, found: bytes.len() });
+        return Err(KernelError::Length {
+            what: "bytes of the data",
+            expected,
+            found: bytes.len(),
+        });
     }
     let block: fn(&[u8], &mut [f32]) = match dtype {
         DType::F32 => {

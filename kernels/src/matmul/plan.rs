@@ -1,0 +1,147 @@
+//! Cuts products into pieces and hands each to its kernel.
+
+use super::activations::{Activations, TILE};
+use super::halves::Halves;
+use super::packed::QuantTiles;
+use super::{Matrix, Out, PANEL, Store, int};
+use crate::cpu::Isa;
+use crate::pool::SendPtr;
+use crate::{DType, ThreadPool};
+use std::cell::Cell;
+use std::ops::Range;
+
+/// Rows that are multiplied together; their activations stay in the cache meanwhile.
+const ROWS: usize = 128;
+/// Pieces a thread gets of a job at least, so that a late thread holds nobody up.
+const PIECES: usize = 4;
+
+/// Some panels (or units of them) of one product, for some rows.
+struct Piece {
+    product: usize,
+    panels: Range<usize>,
+    rows: Range<usize>,
+}
+
+/// Inputs in the form that kernels want, kept by the calling thread.
+#[derive(Default)]
+struct Prepared {
+    levels: Activations,
+    halves: Halves,
+    pieces: Vec<Piece>,
+}
+
+thread_local! {
+    static PREPARED: Cell<Option<Box<Prepared>>> = const { Cell::new(None) };
+}
+
+/// Runs all products; lengths have been checked and `m > 0`.
+pub(super) fn run(
+    isa: Isa,
+    pool: &ThreadPool,
+    x: &[f32],
+    m: usize,
+    products: &mut [(&Matrix, &mut [f32])],
+) {
+    let mut own = PREPARED.take().unwrap_or_default();
+    let Prepared { levels, halves, pieces } = &mut *own;
+    let cols = products.first().map_or(0, |(w, _)| w.cols());
+    if products.iter().any(|(w, _)| matches!(w.store, Store::Quant(_))) {
+        levels.prepare(pool, x, m, cols);
+    }
+    if products.iter().any(|(w, _)| tiled_bf16(isa, w)) {
+        halves.prepare(pool, x, m, cols);
+    }
+    cut(isa, pool.threads(), m, products, pieces);
+    let outs: Vec<_> = products
+        .iter_mut()
+        .map(|(w, y)| (&w.store, Out { ptr: SendPtr(y.as_mut_ptr()), stride: w.rows }))
+        .collect();
+    pool.run(pieces.len(), &|i| {
+        let Piece { product, panels, rows } = &pieces[i];
+        let (store, out) = outs[*product];
+        // SAFETY: inputs and outputs have the lengths of the product; pieces of a product differ in
+        // columns or rows; `isa` is at most the processor's.
+        unsafe {
+            match store {
+                #[cfg(target_arch = "x86_64")]
+                Store::Float(t) if t.dtype() == DType::BF16 && isa >= Isa::Amx => {
+                    super::amx_bf16::multiply(t, halves, panels.clone(), rows.clone(), out);
+                }
+                Store::Float(t) => {
+                    for unit in panels.clone() {
+                        t.multiply(isa, unit, x, m, out);
+                    }
+                }
+                Store::Quant(t) => quant(isa, t, levels, panels.clone(), rows.clone(), out),
+            }
+        }
+    });
+    PREPARED.set(Some(own));
+}
+
+/// # Safety
+/// `out` has the rows of `x` and the columns of `w`, `rows` begins at a tile, nobody else writes this
+/// piece, and the processor has `isa`.
+unsafe fn quant(
+    isa: Isa,
+    w: &QuantTiles,
+    x: &Activations,
+    panels: Range<usize>,
+    rows: Range<usize>,
+    out: Out,
+) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if isa >= Isa::Amx && rows.len() > w.geometry.kind.few() {
+            // SAFETY: the caller's promises.
+            return unsafe { super::amx::multiply(w, x, panels, rows, out) };
+        }
+        if isa >= Isa::Vnni {
+            // SAFETY: the caller's promises.
+            return unsafe { super::vnni::multiply(w, x, panels, rows, out) };
+        }
+    }
+    // SAFETY: the caller's promises.
+    unsafe { int::portable(isa, w, x, panels, rows, out) }
+}
+
+/// Whether a product goes through the tile unit in bf16.
+fn tiled_bf16(isa: Isa, w: &Matrix) -> bool {
+    isa >= Isa::Amx && w.dtype() == DType::BF16
+}
+
+fn cut(
+    isa: Isa,
+    threads: usize,
+    m: usize,
+    products: &[(&Matrix, &mut [f32])],
+    pieces: &mut Vec<Piece>,
+) {
+    pieces.clear();
+    let steps = m.div_ceil(ROWS);
+    let rows = m.div_ceil(steps).next_multiple_of(TILE);
+    let panels: usize = products.iter().map(|(w, _)| w.rows.div_ceil(PANEL)).sum();
+    let most = (panels * steps).div_ceil(PIECES * threads).max(1);
+    for (product, (w, _)) in products.iter().enumerate() {
+        match &w.store {
+            Store::Float(t) if !tiled_bf16(isa, w) => {
+                pieces.extend((0..t.units()).map(|u| Piece {
+                    product,
+                    panels: u..u + 1,
+                    rows: 0..m,
+                }));
+            }
+            _ => {
+                let all = w.rows.div_ceil(PANEL);
+                // The bf16 kernel takes panels two by two.
+                let most = most.next_multiple_of(2);
+                for row in (0..m).step_by(rows) {
+                    for p in (0..all).step_by(most) {
+                        let panels = p..(p + most).min(all);
+                        pieces.push(Piece { product, panels, rows: row..(row + rows).min(m) });
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Integer products with AVX-512 VNNI: weights in the lanes, activations broadcast.
+
+use super::activations::{Activations, TILE};
+use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales};
+use super::packed::{Geometry, Kind, QuantTiles};
+use super::{Out, PANEL};
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+/// Bytes that are fetched ahead of use.
+const AHEAD: usize = 2048;
+
+/// Multiplies panels `panels` of `w` with rows `rows` of `x`; see [`super::int`] for the definition.
+///
+/// # Safety
+/// `out` has the rows of `x` and the columns of `w`; nobody else writes these panels' columns; the
+/// processor has AVX-512 with VNNI.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) unsafe fn multiply(
+    w: &QuantTiles,
+    x: &Activations,
+    panels: Range<usize>,
+    rows: Range<usize>,
+    out: Out,
+) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        match w.geometry.kind {
+            Kind::Q8_0 => all::<Q8_0>(w, x, panels, rows, out),
+            Kind::Q4_0 => all::<Q4_0>(w, x, panels, rows, out),
+            Kind::Q4_1 => all::<Q4_1>(w, x, panels, rows, out),
+            Kind::Q4K => all::<Q4K>(w, x, panels, rows, out),
+            Kind::Q6K => all::<Q6K>(w, x, panels, rows, out),
+        }
+    }
+}
+
+/// # Safety
+/// As [`multiply`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn all<F: Format>(
+    w: &QuantTiles,
+    x: &Activations,
+    panels: Range<usize>,
+    rows: Range<usize>,
+    out: Out,
+) {
+    for panel in panels {
+        let mut row = rows.start;
+        while row < rows.end {
+            // Rows of one call share a tile of the activations.
+            let most = (rows.end - row).min(TILE - row % TILE);
+            // SAFETY: the caller's promises.
+            row += unsafe {
+                match most {
+                    1 => rows_of::<F, 1>(w, x, panel, row, out),
+                    // Unpacked nibbles are worth sharing among more rows than bytes are.
+                    4.. if F::VECTORS == 4 || F::SHIFT != Some(7) => {
+                        rows_of::<F, 4>(w, x, panel, row, out)
+                    }
+                    _ => rows_of::<F, 2>(w, x, panel, row, out),
+                }
+            };
+        }
+    }
+}
+
+/// Multiplies a panel with `M` rows and returns `M`.
+///
+/// # Safety
+/// As [`multiply`]; the rows exist and share a tile.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn rows_of<F: Format, const M: usize>(
+    w: &QuantTiles,
+    x: &Activations,
+    panel: usize,
+    row: usize,
+    out: Out,
+) -> usize {
+    let g = w.geometry;
+    let weights = w.panel(panel).as_ptr();
+    let (tile, stride) = x.tile(row / TILE);
+    let zero = _mm512_setzero_ps();
+    let mut scales = Scales { s: [zero; 16], m: [zero; 8], d: zero, dmin: zero };
+    let mut sum = [zero; M];
+    for block in 0..g.blocks {
+        // SAFETY: the block exists; rows are those of the tile.
+        unsafe {
+            F::scales(weights, &g, block, &mut scales);
+            let levels = tile.add(block * 8 * stride + row % TILE * 64);
+            let at = Place { g: &g, weights, block, levels, stride, x, row };
+            let (mut a, mut b) = ([zero; M], [zero; M]);
+            let groups = g.groups(block);
+            if groups == F::GROUPS {
+                for j in 0..F::GROUPS {
+                    group::<F, M>(&at, j, &scales, &mut a, &mut b);
+                }
+            } else {
+                for j in 0..groups {
+                    group::<F, M>(&at, j, &scales, &mut a, &mut b);
+                }
+            }
+            for r in 0..M {
+                let scale = _mm512_set1_ps(*x.scale.get_unchecked((row + r) * g.blocks + block));
+                sum[r] = _mm512_fmadd_ps(F::join(&scales, a[r], b[r]), scale, sum[r]);
+            }
+        }
+    }
+    let lanes = PANEL.min(w.rows() - panel * PANEL);
+    let mask = (u32::MAX >> (32 - lanes)) as __mmask16;
+    for (r, sum) in sum.iter().enumerate() {
+        // SAFETY: the row and the unmasked columns are in the output, and this task's alone.
+        unsafe { _mm512_mask_storeu_ps(out.at(row + r, panel * PANEL), mask, *sum) };
+    }
+    M
+}
+
+/// Where a block's operands are.
+struct Place<'a> {
+    g: &'a Geometry,
+    weights: *const u8,
+    block: usize,
+    /// Levels of the first row in the block's first group of 32.
+    levels: *const u8,
+    /// Bytes between groups of 32.
+    stride: usize,
+    x: &'a Activations,
+    row: usize,
+}
+
+/// Adds one group to the block's scaled sums `a` and minima `b`.
+///
+/// # Safety
+/// As [`multiply`]; the group exists.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn group<F: Format, const M: usize>(
+    at: &Place<'_>,
+    j: usize,
+    scales: &Scales,
+    a: &mut [__m512; M],
+    b: &mut [__m512; M],
+) {
+    // SAFETY: block, group and rows exist; prefetching is harmless anywhere.
+    unsafe {
+        let ahead = at.weights.wrapping_add(at.g.quants_at(at.block, j) + AHEAD);
+        for i in 0..if F::VECTORS == 8 { 4 } else { 3 } {
+            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(i * 64).cast());
+        }
+        let q = F::quants(at.weights, at.g, at.block, j);
+        let per32 = 8 / F::VECTORS;
+        let levels = at.levels.add(j / per32 * at.stride + j % per32 * 16);
+        for r in 0..M {
+            let x = levels.add(r * 64).cast::<i32>();
+            let (mut hi, mut lo) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+            if let Some(shift) = F::SHIFT {
+                let groups = at.g.cols / (F::VECTORS * 4);
+                let i = (at.row + r) * groups + at.block * F::GROUPS + j;
+                let sums = if F::VECTORS == 4 { &at.x.sums16 } else { &at.x.sums32 };
+                let sum = _mm512_set1_epi32(*sums.get_unchecked(i));
+                // -(sum << shift), in the level where it costs least.
+                if shift == 7 {
+                    hi = _mm512_sub_epi32(hi, sum);
+                } else {
+                    lo = _mm512_sub_epi32(
+                        lo,
+                        _mm512_sllv_epi32(sum, _mm512_set1_epi32(shift as i32)),
+                    );
+                }
+            }
+            for (i, q) in q.iter().enumerate().take(F::VECTORS) {
+                hi = _mm512_dpbusd_epi32(hi, *q, _mm512_set1_epi32(x.add(i).read_unaligned()));
+                lo = _mm512_dpbusd_epi32(lo, *q, _mm512_set1_epi32(x.add(8 + i).read_unaligned()));
+            }
+            let isum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<7>(hi), lo));
+            a[r] = _mm512_fmadd_ps(scales.s[j], isum, a[r]);
+            if F::MINS {
+                let i = (at.row + r) * (at.g.cols / 32) + at.block * 8 + j;
+                let xsum = _mm512_set1_ps(*at.x.sums.get_unchecked(i));
+                b[r] = _mm512_fmadd_ps(scales.m[j], xsum, b[r]);
+            }
+        }
+    }
+}
