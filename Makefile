@@ -34,8 +34,8 @@ fix: setup ## Apply format and the lints' own corrections
 	$(CARGO) clippy --release --workspace --all-targets --fix --allow-dirty --allow-staged
 	$(CARGO) fmt --all
 
-bench: setup ## Measure this machine and the kernels on it
-	$(CARGO) run --release --locked -p headstart-kernels --example kernel_bench
+bench: build ## Measure the engine on SmolLM2 beside this machine's memory bandwidth
+	@$(HEADSTART) bench engine --model smollm2
 
 build: setup ## Build the binaries
 	$(CARGO) build --release --locked --workspace --bins

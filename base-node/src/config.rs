@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use headstart_service::config::{CommonOptions, duration};
-use headstart_service::options::{ModelOptions, NodeOptions};
+use headstart_service::options::{BasePromptChoice, ModelOptions, NodeOptions};
 
 /// A Headstart base: reads drafts along, takes over from the drafter, and writes the rest.
 ///
@@ -25,7 +25,28 @@ pub struct Config {
     /// What it runs.
     #[command(flatten)]
     pub model: ModelOptions,
+    /// The prompt that the base reads
+    #[arg(long, value_enum, env = "HEADSTART_BASE_PROMPT", default_value_t = BasePromptChoice::Plain)]
+    pub base_prompt: BasePromptChoice,
     /// How long a request may wait for its drafter, or a drafter for its request
     #[arg(long, env = "HEADSTART_HANDOFF_TIMEOUT", value_name = "TIME", default_value = "10s", value_parser = duration)]
     pub handoff_timeout: Duration,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn every_option_has_its_own_environment_variable() {
+        let command = Config::command();
+        let options = command.get_arguments().filter(|arg| arg.get_long().is_some());
+        for arg in options.filter(|arg| !matches!(arg.get_id().as_str(), "help" | "version")) {
+            let long = arg.get_long().unwrap_or_default().to_uppercase().replace('-', "_");
+            let expected = format!("HEADSTART_{long}");
+            assert_eq!(arg.get_env().and_then(|env| env.to_str()), Some(expected.as_str()));
+        }
+    }
 }

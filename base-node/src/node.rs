@@ -19,8 +19,9 @@ use crate::service::BaseService;
 /// # Errors
 /// What the node cannot start or go on without.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), NodeError> {
-    let Config { node, model, handoff_timeout, .. } = config;
-    headstart_node::run(tiered(), node, model, handoff_timeout, shutdown).await
+    let Config { node, model, base_prompt, handoff_timeout, .. } = config;
+    let base_prompt = base_prompt.into();
+    headstart_node::run(tiered(), node, model, base_prompt, handoff_timeout, shutdown).await
 }
 
 /// Starts a base on `engine`, whose model's text side is `text`: it serves on `listener`,

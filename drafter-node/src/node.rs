@@ -6,7 +6,7 @@ use headstart_node::{Host, HostOptions, Tiered};
 use headstart_proto::v1::drafter_server::DrafterServer;
 use headstart_service::node::{NodeError, RunningNode};
 use headstart_service::server::{GrpcServer, MESSAGE_BYTES_MAX};
-use headstart_text::ModelText;
+use headstart_text::{BasePrompt, ModelText};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -20,7 +20,9 @@ use crate::service::DrafterService;
 /// What the node cannot start or go on without.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), NodeError> {
     let Config { node, model, handoff_timeout, .. } = config;
-    headstart_node::run(tiered(), node, model, handoff_timeout, shutdown).await
+    // A drafter is prompted with its own chat template.
+    let base_prompt = BasePrompt::default();
+    headstart_node::run(tiered(), node, model, base_prompt, handoff_timeout, shutdown).await
 }
 
 /// Starts a drafter on `engine`, whose model's text side is `text`: it serves on `listener`,

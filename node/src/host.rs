@@ -12,7 +12,7 @@ use headstart_service::node::{Lifetimes, NodeError, NodeParts, RunningNode};
 use headstart_service::node_service::{NodeService, NodeStatus};
 use headstart_service::options::{ModelOptions, NodeOptions};
 use headstart_service::server::{GrpcServer, ServeError, bind};
-use headstart_text::ModelText;
+use headstart_text::{BasePrompt, ModelText};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -116,6 +116,7 @@ pub async fn run(
     tiered: Tiered,
     node: NodeOptions,
     model: ModelOptions,
+    base_prompt: BasePrompt,
     handoff_timeout: Duration,
     shutdown: CancellationToken,
 ) -> Result<(), NodeError> {
@@ -130,7 +131,7 @@ pub async fn run(
     };
     let membership = node.membership().await?;
     let dtype = model.dtype.clone();
-    let loading = tokio::task::spawn_blocking(move || load(&model));
+    let loading = tokio::task::spawn_blocking(move || load(&model, base_prompt));
     let (engine, text) = tokio::select! {
         loaded = loading => loaded.map_err(|error| NodeError::Model(error.to_string()))??,
         () = shutdown.cancelled() => return Ok(()),

@@ -8,18 +8,24 @@ use headstart_engine::model::{LoadError, LoadOptions, Model, WeightDtype};
 use headstart_engine::{EngineHandle, EngineOptions};
 use headstart_service::node::NodeError;
 use headstart_service::options::ModelOptions;
-use headstart_text::ModelText;
+use headstart_text::{BasePrompt, ModelText};
 
-/// Loads the model and its text side, and starts an engine on it.
+/// Loads the model and its text side, and starts an engine on it. `base_prompt` is what the model is
+/// prompted with where it is a base.
 ///
 /// # Errors
 /// [`NodeError::Model`] names the file and what is wrong with it.
-pub fn load(options: &ModelOptions) -> Result<(EngineHandle, ModelText), NodeError> {
+pub fn load(
+    options: &ModelOptions,
+    base_prompt: BasePrompt,
+) -> Result<(EngineHandle, ModelText), NodeError> {
     let failed = |error: String| NodeError::Model(error);
     let dtype: WeightDtype = options.dtype.parse().map_err(|_| {
         failed(format!("--dtype: expected auto, f32 or bf16, found {:?}", options.dtype))
     })?;
-    let text = ModelText::load(&options.model).map_err(|error| failed(error.to_string()))?;
+    let text = ModelText::load(&options.model)
+        .and_then(|text| text.with_base_prompt(base_prompt))
+        .map_err(|error| failed(error.to_string()))?;
     let threads = options.threads();
     let load = LoadOptions { dtype, threads };
     let model = load_weights(&options.model, load).map_err(|error| failed(error.to_string()))?;

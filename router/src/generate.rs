@@ -3,9 +3,10 @@
 //! and with it both nodes' streams, the places on them and the place in the router.
 
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures::StreamExt;
+use futures::future::join_all;
 use futures::stream::FuturesUnordered;
 use headstart_cluster::{NodeRecord, View};
 use headstart_proto::{Epoch, Error, ErrorCode, RequestId, v1};
@@ -25,6 +26,9 @@ use crate::outbox::{Event, Inbox, Outbox, Summary, outbox};
 use crate::prompts::{self, Prompts};
 use crate::route::{self, ModelEntry, Wish};
 use crate::texts::Texts;
+
+/// How soon a tokenizer that could not be fetched is asked for again.
+const TEXT_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What every request shares.
 #[derive(Debug)]
@@ -133,10 +137,12 @@ impl Core {
         Arc::clone(&self.view.borrow())
     }
 
-    /// A base and a drafter that take new work are known.
+    /// A base and a drafter that take new work are known, with their tokenizers.
     pub(crate) fn is_ready(&self) -> bool {
         let view = self.view();
-        let up = |tier| view.tier(tier).any(|record| !record.draining);
+        let ready =
+            |record: &NodeRecord| !record.draining && self.texts.has(&record.text_fingerprint);
+        let up = |tier| view.tier(tier).any(ready);
         let drafter = up(headstart_cluster::Tier::Drafter)
             || self.options.on_no_drafter == OnNoDrafter::BaseOnly;
         up(headstart_cluster::Tier::Base) && drafter && !self.draining.is_cancelled()
@@ -156,10 +162,8 @@ impl Core {
             let view = Arc::clone(&changes.borrow_and_update());
             self.nodes.retain(&view);
             let warm = async {
-                for record in view.nodes.values().filter(|record| !record.draining) {
-                    if let Err(error) = self.texts.get(record, &self.nodes, &view).await {
-                        tracing::debug!(%error, "could not fetch a tokenizer ahead of requests");
-                    }
+                while !self.fetch_texts(&view).await {
+                    tokio::time::sleep(TEXT_RETRY_INTERVAL).await;
                 }
                 std::future::pending::<()>().await;
             };
@@ -169,6 +173,16 @@ impl Core {
                 () = warm => {}
             }
         }
+    }
+
+    /// Fetches the texts of the view's models that are not here yet. Returns whether all are.
+    async fn fetch_texts(&self, view: &View) -> bool {
+        let records = view.nodes.values().filter(|record| !record.draining);
+        let fetches = records.map(|record| async {
+            let fetched = self.texts.get(record, &self.nodes, view).await;
+            fetched.inspect_err(|error| tracing::warn!(%error, "a node is not ready")).is_ok()
+        });
+        join_all(fetches).await.into_iter().all(|fetched| fetched)
     }
 
     /// Starts a request.

@@ -44,6 +44,12 @@ impl Texts {
         Ok(Arc::clone(text))
     }
 
+    /// Whether the text is here.
+    pub(crate) fn has(&self, fingerprint: &str) -> bool {
+        let cells = self.cells.lock().unwrap_or_else(PoisonError::into_inner);
+        cells.iter().any(|(known, cell)| known == fingerprint && cell.initialized())
+    }
+
     fn cell(&self, fingerprint: &str) -> Cell {
         let mut cells = self.cells.lock().unwrap_or_else(PoisonError::into_inner);
         let found = cells.iter().position(|(known, _)| known == fingerprint);

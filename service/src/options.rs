@@ -9,6 +9,7 @@ use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use headstart_cluster::{ClusterError, Etcd, Membership, Tier};
 use headstart_proto::NodeId;
+use headstart_text::BasePrompt;
 use tokio::net::TcpListener;
 
 use crate::config::{ConfigError, duration};
@@ -93,6 +94,25 @@ impl NodeOptions {
     /// How long a record outlives its node, and live work its node's last word.
     pub fn lifetimes(&self) -> Lifetimes {
         Lifetimes { lease_ttl: self.lease_ttl, drain_timeout: self.drain_timeout }
+    }
+}
+
+/// The prompt that a base reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum BasePromptChoice {
+    /// The plain one, for a base that was never tuned to chat
+    #[default]
+    Plain,
+    /// Its own chat template
+    Chat,
+}
+
+impl From<BasePromptChoice> for BasePrompt {
+    fn from(choice: BasePromptChoice) -> Self {
+        match choice {
+            BasePromptChoice::Plain => Self::Plain,
+            BasePromptChoice::Chat => Self::Chat,
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use headstart_engine::EngineOptions;
 use headstart_engine::model::WeightDtype;
 use headstart_router::{Encoding, OnDraftComplete, OnNoBase, OnNoDrafter, RouterOptions};
 use headstart_service::config::{self, CommonOptions, ConfigError};
+use headstart_service::options::BasePromptChoice;
 
 use crate::models::Spec;
 
@@ -166,15 +167,6 @@ pub struct UpOptions {
     /// The options of every binary
     #[command(flatten)]
     pub common: CommonOptions,
-}
-
-/// The prompt that a base reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum BasePromptChoice {
-    /// The plain one, for a base that was never tuned to chat
-    Plain,
-    /// Its own chat template
-    Chat,
 }
 
 impl UpOptions {

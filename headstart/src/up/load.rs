@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use headstart_engine::model::{LoadOptions, Model};
-use headstart_text::{BasePrompt, ModelText};
+use headstart_text::ModelText;
 
-use super::args::{BasePromptChoice, UpOptions};
+use super::args::UpOptions;
 use crate::failure::Failure;
 use crate::models::Local;
 use crate::models::cache::Check;
@@ -39,13 +39,9 @@ pub(super) async fn load(options: &UpOptions) -> Result<(Loaded, Loaded), Failur
 }
 
 fn both(options: &UpOptions, drafter: &Local, base: &Local) -> Result<(Loaded, Loaded), Failure> {
-    let base_prompt = match options.base_prompt {
-        BasePromptChoice::Plain => BasePrompt::Plain,
-        BasePromptChoice::Chat => BasePrompt::Chat,
-    };
     // Text first: it is quick, and what is wrong with it is known before the long load.
     let drafter_text = text(&drafter.path)?;
-    let base_text = text(&base.path)?.with_base_prompt(base_prompt);
+    let base_text = text(&base.path)?.with_base_prompt(options.base_prompt.into());
     let base_text = base_text.map_err(|error| failed(&base.path, &error))?;
     let drafter_model = model(options, drafter)?;
     let base_model = match drafter.path == base.path {
