@@ -292,9 +292,9 @@ async fn models_health_and_metrics() {
     assert_eq!((&one["id"], &one["object"]), (&json!("big@small"), &json!("model")));
     assert_eq!(get(cluster.http(), "/v1/models/none").await.error().1, "model_not_found");
     assert_eq!(get(cluster.http(), "/health").await.status, 200);
-    assert_eq!(get(cluster.http(), "/ready").await.status, 200);
     cluster.script.set(&ANSWER);
     assert_eq!(cluster.chat("").await.status, 200);
+    assert_eq!(get(cluster.http(), "/ready").await.status, 200, "the tokenizers are there");
     let metrics = get(cluster.http(), "/metrics").await.body;
     for name in ["requests_total{outcome=\"ok\"}", "ttft_seconds", "tokens_total", "switch_index"] {
         assert!(metrics.contains(&format!("headstart_router_{name}")), "{name} in {metrics}");
