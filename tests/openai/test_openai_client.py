@@ -49,6 +49,11 @@ def in_use():
     return sum(float(value) for _, _, value in found)
 
 
+def decided(summary):
+    """What a draft's summary says but for how far the drafter had come, which is a matter of time."""
+    return {key: value for key, value in summary.items() if key != "drafted_tokens"}
+
+
 class Models(unittest.TestCase):
     def test_the_base_and_the_pair_are_listed(self):
         ids = {model.id for model in CLIENT.models.list()}
@@ -122,7 +127,7 @@ class Streams(unittest.TestCase):
         self.assertEqual(sources[0], "drafter")
         self.assertLessEqual(set(sources), {"drafter", "base"})
         told = [chunk.headstart for chunk in chunks if "headstart" in (chunk.model_extra or {})]
-        self.assertEqual(told[-1:], [whole.headstart])
+        self.assertEqual([decided(last) for last in told[-1:]], [decided(whole.headstart)])
 
     def test_a_completion_streams_too(self):
         stream = CLIENT.completions.create(
