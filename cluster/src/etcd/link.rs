@@ -35,6 +35,21 @@ pub(crate) enum CallError {
     Ended(&'static str),
 }
 
+impl CallError {
+    /// What lies at the bottom: of a failed connection, what the system said.
+    fn root(&self) -> String {
+        let mut deepest: &dyn std::error::Error = match self {
+            Self::Etcd(etcd_client::Error::GRpcStatus(status)) => status,
+            Self::Etcd(etcd_client::Error::TransportError(error)) => error,
+            other => return other.to_string(),
+        };
+        while let Some(source) = deepest.source() {
+            deepest = source;
+        }
+        deepest.to_string()
+    }
+}
+
 impl Link {
     pub(crate) fn new(
         endpoints: &[String],
@@ -120,7 +135,7 @@ impl Link {
         ClusterError::Unreachable {
             endpoints: self.endpoints.join(","),
             timeout: self.timeout,
-            cause: cause.to_string(),
+            cause: cause.root(),
         }
     }
 
