@@ -5,7 +5,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use headstart_proto::{Error, v1};
-use tonic::transport::{Channel, Endpoint};
+use headstart_service::channel;
+use tonic::transport::Channel;
 
 /// A client of one base.
 pub type BaseClient = v1::base_client::BaseClient<Channel>;
@@ -33,17 +34,11 @@ impl Bases {
     /// An address that is none.
     pub fn client(&self, address: &str) -> Result<BaseClient, Error> {
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(channel) = channels.get(address) {
-            return Ok(BaseClient::new(channel.clone()));
+        if let Some(known) = channels.get(address) {
+            return Ok(BaseClient::new(known.clone()));
         }
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))
-            .map_err(|error| Error::invalid("base_address", error.to_string()))?;
-        let channel = endpoint
-            .tcp_nodelay(true)
-            .connect_timeout(self.connect_timeout)
-            .http2_keep_alive_interval(Duration::from_secs(10))
-            .keep_alive_timeout(Duration::from_secs(10))
-            .connect_lazy();
+        let channel = channel::lazy(address, self.connect_timeout)
+            .map_err(|error| error.with_field("base_address"))?;
         if channels.len() >= CHANNELS_MAX {
             // A cluster has far fewer bases: these are addresses of the past.
             channels.clear();
