@@ -116,6 +116,14 @@ impl Base for BaseService {
         tokio::spawn(handoff.run(link));
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
+
+    /// Only a hint: a base that pulls no KV computes it.
+    async fn prefetch(
+        &self,
+        _request: Request<v1::PrefetchRequest>,
+    ) -> Result<Response<v1::PrefetchReply>, Status> {
+        Ok(Response::new(v1::PrefetchReply {}))
+    }
 }
 
 /// One draft's way from the wire to its session.
@@ -130,7 +138,7 @@ struct Handoff {
 
 impl Handoff {
     async fn run(mut self, mut link: Link) {
-        self.reply(handoff_reply::Event::Accepted(v1::HandoffAccepted {})).await;
+        self.reply(handoff_reply::Event::Accepted(v1::HandoffAccepted { drafted: 0 })).await;
         loop {
             tokio::select! {
                 biased;

@@ -74,6 +74,7 @@ impl DrafterService {
                 drafter_id: self.node_id.to_string(),
                 tokenizer_fingerprint: self.tokenizer.fingerprint().to_string(),
                 encoding: job.encoding.into(),
+                serve_epoch: job.epoch.get(),
             },
             progress,
             handoff_timeout: self.handoff_timeout,

@@ -47,6 +47,13 @@ impl Base for PlayedBase {
         Err(Status::unimplemented("not played"))
     }
 
+    async fn prefetch(
+        &self,
+        _request: Request<v1::PrefetchRequest>,
+    ) -> Result<Response<v1::PrefetchReply>, Status> {
+        Err(Status::unimplemented("this fake has no KV"))
+    }
+
     async fn handoff(
         &self,
         request: Request<Streaming<v1::HandoffFrame>>,
@@ -67,7 +74,7 @@ impl Handoff {
 
     async fn accept(&mut self) -> v1::HandoffOpen {
         let first = self.frames.message().await.expect("a frame").expect("a frame");
-        self.reply(handoff_reply::Event::Accepted(v1::HandoffAccepted {})).await;
+        self.reply(handoff_reply::Event::Accepted(v1::HandoffAccepted { drafted: 0 })).await;
         match first.event {
             Some(handoff_frame::Event::Open(open)) => open,
             other => panic!("{other:?}"),

@@ -89,8 +89,10 @@ pub async fn start(
         draining: CancellationToken::new(),
         sessions: TaskTracker::new(),
     };
+    // `Drain` stops this node, not its neighbours in the same process.
+    let shutdown = shutdown.child_token();
     let (status, drains) = (host.engine.clone(), host.draining.clone());
-    let node = NodeService::new(&record, &host.text, &options.dtype, move || {
+    let status = move || {
         let stats = status.stats();
         NodeStatus {
             slots_used: u32::try_from(stats.slots_used).unwrap_or(u32::MAX),
@@ -98,7 +100,8 @@ pub async fn start(
             kv_tokens_used: stats.kv_tokens_used as u64,
             draining: drains.is_cancelled(),
         }
-    });
+    };
+    let node = NodeService::new(&record, &host.text, &options.dtype, status, shutdown.clone());
     let server = (tiered.services)(GrpcServer::new()?, &host).add(NodeServer::new(node));
     let Host { engine, draining, sessions, .. } = host;
     let alive = Box::new(move || !engine.is_stopped());

@@ -156,6 +156,7 @@ impl FrameGate {
             _ if seen > 0 => Ok(None),
             v1::serve_frame::Event::Switched(switched) => self.switched(&switched),
             v1::serve_frame::Event::Finished(finished) => finish_reason(&finished),
+            v1::serve_frame::Event::Moved(_) => Err(broken("a move that nobody asked for")),
         }
     }
 

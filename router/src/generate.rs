@@ -406,6 +406,8 @@ impl Plan {
             sampling: Some(self.sampling(seed)),
             top_logprobs: self.ask.top_logprobs,
             draft: self.drafter.as_ref().map(|(_, encoding)| self.policy(*encoding)),
+            resume: None,
+            move_when_decided: false,
         };
         let draft = match (&self.drafter, &self.prompts.drafter) {
             (Some((record, encoding)), Some(prompt)) => Some(DraftPlan {
@@ -426,6 +428,8 @@ impl Plan {
                     }),
                     base_address: self.base.address.clone(),
                     encoding: (*encoding).into(),
+                    serve_epoch: epoch.get(),
+                    prefix_ids: Vec::new(),
                 },
             }),
             _ => None,

@@ -8,6 +8,7 @@ use headstart_cluster::{NodeRecord, Tier};
 use headstart_proto::v1::{self, NodeRole, node_server::Node};
 use headstart_proto::{Error, ErrorCode};
 use headstart_text::ModelText;
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 /// Largest piece of a text bundle in one message, in bytes.
@@ -31,16 +32,18 @@ pub struct NodeService {
     fixed: v1::InfoResponse,
     status: Arc<dyn Fn() -> NodeStatus + Send + Sync>,
     bundle: Bytes,
+    shutdown: CancellationToken,
 }
 
 impl NodeService {
     /// The service of the node behind `record`, whose model computes in `dtype`. `status` is asked
-    /// with every `Info`.
+    /// with every `Info`; `shutdown` is what `Drain` cancels.
     pub fn new(
         record: &NodeRecord,
         text: &ModelText,
         dtype: &str,
         status: impl Fn() -> NodeStatus + Send + Sync + 'static,
+        shutdown: CancellationToken,
     ) -> Self {
         let role = match record.tier {
             Tier::Drafter => NodeRole::Drafter,
@@ -60,7 +63,7 @@ impl NodeService {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..v1::InfoResponse::default()
         };
-        Self { fixed, status: Arc::new(status), bundle: text.to_bundle().into() }
+        Self { fixed, status: Arc::new(status), bundle: text.to_bundle().into(), shutdown }
     }
 }
 
@@ -100,5 +103,13 @@ impl Node for NodeService {
             Ok(v1::GetTokenizerChunk { data: bundle[start..end].to_vec() })
         });
         Ok(Response::new(stream::iter(chunks).boxed()))
+    }
+
+    async fn drain(
+        &self,
+        _request: Request<v1::DrainRequest>,
+    ) -> Result<Response<v1::DrainReply>, Status> {
+        self.shutdown.cancel();
+        Ok(Response::new(v1::DrainReply {}))
     }
 }

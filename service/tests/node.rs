@@ -71,12 +71,13 @@ async fn start(drain_timeout: Duration) -> Started {
     let (draining, sessions) = (CancellationToken::new(), TaskTracker::new());
     let shutdown = CancellationToken::new();
     let drains = draining.clone();
-    let service = NodeService::new(&record, &text, "f32", move || NodeStatus {
+    let status = move || NodeStatus {
         slots_used: 3,
         kv_tokens: 1024,
         kv_tokens_used: 100,
         draining: drains.is_cancelled(),
-    });
+    };
+    let service = NodeService::new(&record, &text, "f32", status, shutdown.clone());
     let alive = Arc::new(AtomicBool::new(true));
     let living = Arc::clone(&alive);
     let parts = NodeParts {

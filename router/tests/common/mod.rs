@@ -243,6 +243,13 @@ impl Base for FakeBase {
         Ok(Response::new(futures::stream::unfold(playing, Playing::next).boxed()))
     }
 
+    async fn prefetch(
+        &self,
+        _request: Request<v1::PrefetchRequest>,
+    ) -> Result<Response<v1::PrefetchReply>, Status> {
+        Err(Status::unimplemented("this fake has no KV"))
+    }
+
     async fn handoff(
         &self,
         _: Request<tonic::Streaming<v1::HandoffFrame>>,
@@ -317,7 +324,13 @@ impl Cluster {
         for tier in [Tier::Base, Tier::Drafter] {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let record = record(tier, &listener.local_addr().unwrap().to_string(), &text);
-            let node = NodeService::new(&record, &text, "f32", NodeStatus::default);
+            let node = NodeService::new(
+                &record,
+                &text,
+                "f32",
+                NodeStatus::default,
+                CancellationToken::new(),
+            );
             let server = GrpcServer::new().unwrap().add(NodeServer::new(node));
             let server = match tier {
                 Tier::Base => server.add(BaseServer::new(FakeBase(Arc::clone(&script)))),
