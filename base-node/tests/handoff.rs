@@ -96,6 +96,7 @@ impl Drafter {
             drafter_id: "d".into(),
             tokenizer_fingerprint: node.text.tokenizer().fingerprint().to_string(),
             encoding: encoding.into(),
+            serve_epoch: 2,
         };
         frames.send(frame(0, handoff_frame::Event::Open(open))).await.expect("room");
         let mut client = node.client.clone();
@@ -171,6 +172,7 @@ async fn hear(answer: &mut Streaming<v1::ServeFrame>) -> Result<Heard, Error> {
                 assert_eq!(finished.completion_tokens as usize, total);
                 return Ok(heard);
             }
+            serve_frame::Event::Moved(_) => panic!("nobody asked for a move"),
         }
     }
     panic!("the stream ended without a last frame: {heard:?}");
