@@ -151,6 +151,8 @@ impl Node {
             sampling: None,
             base_address: self.base_address.clone(),
             encoding: encoding.into(),
+            serve_epoch: 3,
+            prefix_ids: Vec::new(),
         }
     }
 
@@ -176,6 +178,7 @@ async fn ended(progress: &mut Streaming<v1::DraftFrame>) -> (DraftEnd, u32) {
         let frame = progress.message().await.expect("a frame").expect("a frame");
         match frame.event.expect("an event") {
             draft_frame::Event::Started(_) => started = true,
+            draft_frame::Event::Written(_) => {}
             draft_frame::Event::Ended(ended) => {
                 assert!(started);
                 return (ended.reason(), frame.position);
