@@ -10,7 +10,8 @@ use headstart_cluster::{InMemory, Membership, NodeRecord, Tier, View, incarnatio
 use headstart_proto::v1::node_client::NodeClient;
 use headstart_proto::v1::node_server::{Node, NodeServer};
 use headstart_proto::v1::{
-    GetTokenizerChunk, GetTokenizerRequest, InfoRequest, InfoResponse, NodeRole,
+    DrainReply, DrainRequest, GetTokenizerChunk, GetTokenizerRequest, InfoRequest, InfoResponse,
+    NodeRole,
 };
 use headstart_proto::{Error, ErrorCode};
 use headstart_service::node::{Lifetimes, NodeError, NodeParts, RunningNode};
@@ -178,6 +179,10 @@ impl Node for Liar {
         _: Request<GetTokenizerRequest>,
     ) -> Result<Response<Self::GetTokenizerStream>, Status> {
         Ok(Response::new(futures::stream::iter(self.0.clone())))
+    }
+
+    async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainReply>, Status> {
+        Err(Error::internal("none").into())
     }
 }
 
