@@ -5,6 +5,7 @@
 //! [`step`] shows the whole life of a token; [`core`] holds the decisions, free of IO;
 //! [`executor`] is the seam to the device; [`runner`] gives it all a thread and an inbox.
 
+pub mod collective;
 pub mod core;
 pub mod executor;
 pub mod model;

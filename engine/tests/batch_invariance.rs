@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use common::{Runner, fixtures, load, target_at};
-use headstart_engine::executor::{Executor, Found, Probe, Row};
+use headstart_engine::executor::{Found, Probe, Row};
 use headstart_engine::model::{Model, WeightDtype};
 use headstart_engine::{Sampling, TokenId};
 

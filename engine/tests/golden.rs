@@ -7,7 +7,7 @@ mod common;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use common::{Runner, fixtures, load, target_at};
+use common::{Runner, fixtures, load, load_parts, target_at};
 use headstart_engine::Sampling;
 use headstart_engine::model::{Model, WeightDtype};
 use serde::Deserialize;
@@ -41,6 +41,11 @@ fn safe(gap: Option<f32>) -> bool {
 }
 
 fn model(file: &str, dtype: WeightDtype) -> Option<Arc<Model>> {
+    Some(load(&path(file)?, dtype))
+}
+
+/// Where the model is, if it is there.
+fn path(file: &str) -> Option<PathBuf> {
     let folder = match std::env::var_os("HEADSTART_MODELS") {
         Some(folder) => PathBuf::from(folder),
         None => PathBuf::from(std::env::var_os("HOME")?).join(".cache/headstart/models"),
@@ -50,7 +55,7 @@ fn model(file: &str, dtype: WeightDtype) -> Option<Arc<Model>> {
         eprintln!("skipped: {} is not there", path.display());
         return None;
     }
-    Some(load(&path, dtype))
+    Some(path)
 }
 
 fn cases(golden: &str) -> Vec<Case> {
@@ -70,6 +75,17 @@ fn smollm2_drafts_scores_and_continues_as_the_golden_files_say() {
     let drafts = cases.iter().filter(|case| safe(case.margins.draft_logit_gap));
     write_all(&mut runner, drafts.map(|c| (c, c.drafter_prompt_ids.clone(), &c.draft_ids)));
     base(&mut runner, &cases);
+}
+
+/// Nine query and three key-value heads: neither two nor four ranks get equal parts.
+#[test]
+fn smollm2_scores_and_continues_the_same_on_two_and_four_ranks() {
+    let Some(path) = path(SMOLLM2) else { return };
+    for tp in [2, 4] {
+        let weights = load_parts(&path, WeightDtype::F32, tp);
+        let mut runner = Runner::parallel(&weights, 2, 256);
+        base(&mut runner, &cases("smollm2_to_smollm2.jsonl"));
+    }
 }
 
 /// Weights as the file has them must not change the answer: with 8-bit activations on Q4_1 weights

@@ -1,10 +1,9 @@
 //! A model and its text side, from a path to a running engine.
 
 use std::path::Path;
-use std::sync::Arc;
 
-use headstart_engine::executor::cpu::{CpuExecutor, CpuOptions};
-use headstart_engine::model::{LoadError, LoadOptions, Model, WeightDtype};
+use headstart_engine::executor::cpu::{self, CpuOptions};
+use headstart_engine::model::{LoadError, LoadOptions, WeightDtype, Weights};
 use headstart_engine::{EngineHandle, EngineOptions};
 use headstart_service::node::NodeError;
 use headstart_service::options::ModelOptions;
@@ -28,23 +27,24 @@ pub fn load(
         .map_err(|error| failed(error.to_string()))?;
     let threads = options.threads();
     let load = LoadOptions { dtype, threads };
-    let model = load_weights(&options.model, load).map_err(|error| failed(error.to_string()))?;
-    let context = model.config().context_length;
+    let weights = load_weights(&options.model, load, options.tp)
+        .map_err(|error| failed(error.to_string()))?;
+    let context = weights.config().context_length;
     let cpu =
         CpuOptions { threads, kv_tokens: options.kv_tokens(context), ..CpuOptions::default() };
-    let executor = CpuExecutor::new(Arc::new(model), cpu).map_err(|error| failed(error.message))?;
+    let executor = cpu::executor(&weights, cpu).map_err(|error| failed(error.message))?;
     let engine = EngineOptions {
         slots: options.slots,
         step_tokens: options.step_tokens,
         ..EngineOptions::default()
     };
-    Ok((EngineHandle::start(Box::new(executor), engine), text))
+    Ok((EngineHandle::start(executor, engine), text))
 }
 
 /// Loads the weights; every tenth of them is a log line.
-fn load_weights(path: &Path, options: LoadOptions) -> Result<Model, LoadError> {
+fn load_weights(path: &Path, options: LoadOptions, tp: usize) -> Result<Weights, LoadError> {
     let mut told = 0;
-    Model::load(path, options, &mut |progress| {
+    Weights::load(path, options, tp, &mut |progress| {
         let tenth = 10 * progress.bytes_loaded / progress.bytes_total.max(1);
         if tenth > told {
             told = tenth;

@@ -131,6 +131,9 @@ pub struct ModelOptions {
     /// Threads that compute [default: one for each core]
     #[arg(long, env = "HEADSTART_THREADS", value_name = "N", value_parser = count(1024))]
     pub threads: Option<usize>,
+    /// Tensor-parallel ranks that share the model, each with its part of the weights, the KV cache and the threads
+    #[arg(long, env = "HEADSTART_TP", value_name = "N", default_value = "1", value_parser = count(64))]
+    pub tp: usize,
     /// Requests at once; one more is refused
     #[arg(long, env = "HEADSTART_SLOTS", value_name = "N", default_value = "16", value_parser = count(4096))]
     pub slots: usize,

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use headstart_formats::FormatError;
 
+use super::shard::TooManyRanks;
+
 /// A model that cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -34,6 +36,14 @@ pub enum LoadError {
         /// What is there.
         found: String,
     },
+    /// The model cannot be cut among so many ranks.
+    #[error("{}: {error}", path.display())]
+    Ranks {
+        /// The file or directory.
+        path: PathBuf,
+        /// How many there may be.
+        error: TooManyRanks,
+    },
 }
 
 impl LoadError {
@@ -49,6 +59,10 @@ impl LoadError {
             found: found.into(),
             supported: supported.into(),
         }
+    }
+
+    pub(super) fn ranks(path: &Path, error: TooManyRanks) -> Self {
+        Self::Ranks { path: path.to_owned(), error }
     }
 
     pub(super) fn tensor(

@@ -1,5 +1,6 @@
 //! Reads the tensors of a described model one by one into the kernels' layouts.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use headstart_kernels::{DType, Matrix, ThreadPool, dequantise};
@@ -7,8 +8,32 @@ use headstart_kernels::{DType, Matrix, ThreadPool, dequantise};
 use super::config::ModelConfig;
 use super::error::LoadError;
 use super::names::{Names, Slot};
+use super::shard::{Parts, Shard, TooManyRanks};
 use super::source::{Record, Source};
 use super::{Layer, Linear, Model, Progress, WeightDtype};
+
+/// Rows that are read together where columns are cut out of them.
+const COLUMN_CUT_ROWS: usize = 64;
+
+/// A part of one dimension of a tensor.
+struct Cut {
+    size: usize,
+    part: Range<usize>,
+}
+
+impl Cut {
+    fn all(size: usize) -> Self {
+        Self { size, part: 0..size }
+    }
+
+    fn of(size: usize, part: &Range<usize>) -> Self {
+        Self { size, part: part.clone() }
+    }
+
+    fn is_all(&self) -> bool {
+        self.part.len() == self.size
+    }
+}
 
 /// One model being read. Buffers are reused, so the peak is the weights and the largest tensor.
 pub(super) struct Loader<'a> {
@@ -17,6 +42,7 @@ pub(super) struct Loader<'a> {
     /// Query and key rows are stored in interleaved rotary order.
     interleaved: bool,
     dtype: WeightDtype,
+    shard: Shard,
     pool: &'a ThreadPool,
     progress: &'a mut dyn FnMut(Progress),
     bytes_loaded: u64,
@@ -32,6 +58,7 @@ impl<'a> Loader<'a> {
         names: Names,
         interleaved: bool,
         dtype: WeightDtype,
+        shard: Shard,
         pool: &'a ThreadPool,
         progress: &'a mut dyn FnMut(Progress),
     ) -> Self {
@@ -41,6 +68,7 @@ impl<'a> Loader<'a> {
             names,
             interleaved,
             dtype,
+            shard,
             pool,
             progress,
             bytes_loaded: 0,
@@ -51,27 +79,49 @@ impl<'a> Loader<'a> {
         }
     }
 
-    /// Reads everything that `config` describes.
+    /// Reads what this rank holds of everything that `config` describes.
     pub(super) fn model(mut self, config: ModelConfig) -> Result<Model, LoadError> {
-        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = self.matrix(self.names.embedding(), vocab, hidden, None)?;
+        let refused = |error: TooManyRanks| LoadError::ranks(self.source.path(), error);
+        let parts = self.shard.parts(&config).map_err(refused)?;
+        let (rows, cols) = (Cut::of(config.vocab_size, &parts.vocab), Cut::all(config.hidden_size));
+        let embedding = self.matrix(self.names.embedding(), &rows, &cols, None)?;
         let head = match config.tied_embeddings {
             true => None,
-            false => Some(self.matrix(self.names.head(), vocab, hidden, None)?),
+            false => Some(self.matrix(self.names.head(), &rows, &cols, None)?),
         };
         let layers =
-            (0..config.layers).map(|i| self.layer(&config, i)).collect::<Result<_, _>>()?;
-        let final_norm = self.norm(self.names.final_norm(), hidden, &config)?;
+            (0..config.layers).map(|i| self.layer(&config, &parts, i)).collect::<Result<_, _>>()?;
+        let final_norm = self.norm(self.names.final_norm(), config.hidden_size, &config)?;
         (self.progress)(Progress { bytes_loaded: self.bytes_total, bytes_total: self.bytes_total });
-        Ok(Model { config, embedding, head, final_norm, layers })
+        let config = ModelConfig {
+            heads: parts.heads.len(),
+            kv_heads: parts.kv_heads.len(),
+            intermediate_size: parts.mlp.len(),
+            ..config
+        };
+        let (shard, vocab) = (self.shard, parts.vocab);
+        Ok(Model { config, shard, vocab, embedding, head, final_norm, layers })
     }
 
-    fn layer(&mut self, config: &ModelConfig, index: usize) -> Result<Layer, LoadError> {
-        let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
-        let (queries, kv) = (config.query_size(), config.kv_size());
+    fn layer(
+        &mut self,
+        config: &ModelConfig,
+        parts: &Parts,
+        index: usize,
+    ) -> Result<Layer, LoadError> {
+        let hidden = Cut::all(config.hidden_size);
+        let head_rows = |heads: &Range<usize>, all: usize| {
+            let dim = config.head_dim;
+            Cut { size: all * dim, part: heads.start * dim..heads.end * dim }
+        };
+        let queries = head_rows(&parts.heads, config.heads);
+        let kv = head_rows(&parts.kv_heads, config.kv_heads);
+        let mlp = Cut::of(config.intermediate_size, &parts.mlp);
         let (qkv_bias, mlp_bias) = (config.qkv_bias, config.mlp_bias);
+        // What is summed over the ranks has its bias on one of them.
+        let summed = self.shard.rank == 0;
         let rotary = self.interleaved.then_some(config.head_dim);
-        let mut linear = |slot, rows, cols, bias, rotary| {
+        let mut linear = |slot, rows: &Cut, cols: &Cut, bias, rotary| {
             let name = self.names.layer(index, slot, "weight");
             let weight = self.matrix(&name, rows, cols, rotary)?;
             let bias = match bias {
@@ -80,14 +130,15 @@ impl<'a> Loader<'a> {
             };
             Ok::<_, LoadError>(Linear { weight, bias })
         };
-        let query = linear(Slot::Query, queries, hidden, qkv_bias, rotary)?;
-        let key = linear(Slot::Key, kv, hidden, qkv_bias, rotary)?;
-        let value = linear(Slot::Value, kv, hidden, qkv_bias, None)?;
-        let output = linear(Slot::Output, hidden, queries, config.output_bias, None)?;
-        let gate = linear(Slot::Gate, mlp, hidden, mlp_bias, None)?;
-        let up = linear(Slot::Up, mlp, hidden, mlp_bias, None)?;
-        let down = linear(Slot::Down, hidden, mlp, mlp_bias, None)?;
+        let query = linear(Slot::Query, &queries, &hidden, qkv_bias, rotary)?;
+        let key = linear(Slot::Key, &kv, &hidden, qkv_bias, rotary)?;
+        let value = linear(Slot::Value, &kv, &hidden, qkv_bias, None)?;
+        let output = linear(Slot::Output, &hidden, &queries, config.output_bias && summed, None)?;
+        let gate = linear(Slot::Gate, &mlp, &hidden, mlp_bias, None)?;
+        let up = linear(Slot::Up, &mlp, &hidden, mlp_bias, None)?;
+        let down = linear(Slot::Down, &hidden, &mlp, mlp_bias && summed, None)?;
         let mut norm = |slot, len| self.norm(&self.names.layer(index, slot, "weight"), len, config);
+        let hidden = config.hidden_size;
         Ok(Layer {
             attention_norm: norm(Slot::AttentionNorm, hidden)?,
             mlp_norm: norm(Slot::MlpNorm, hidden)?,
@@ -116,30 +167,89 @@ impl<'a> Loader<'a> {
         })
     }
 
-    /// Reads a tensor's bytes and reports progress.
-    fn read(&mut self, name: &str, shape: &[usize]) -> Result<DType, LoadError> {
-        let Record { dtype, rows } = self.source.record(name, shape)?;
-        self.source.read_rows(name, 0..rows, &mut self.bytes)?;
-        self.bytes_loaded += self.bytes.len() as u64;
-        let (bytes_loaded, bytes_total) = (self.bytes_loaded, self.bytes_total);
-        (self.progress)(Progress { bytes_loaded, bytes_total });
+    /// Reads rows of a tensor of this shape and reports progress.
+    fn read(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        rows: Option<&Range<usize>>,
+    ) -> Result<DType, LoadError> {
+        let Record { dtype, rows: all } = self.source.record(name, shape)?;
+        let rows = rows.cloned().unwrap_or(0..all);
+        self.source.read_rows(name, rows, &mut self.bytes)?;
+        self.loaded(self.bytes.len());
         Ok(dtype)
     }
 
-    /// A `[rows][cols]` matrix, kept as `self.dtype` says. `rotary` is the head size of rows to be
-    /// put back in rotate-half order.
+    fn loaded(&mut self, bytes: usize) {
+        self.bytes_loaded += bytes as u64;
+        let (bytes_loaded, bytes_total) = (self.bytes_loaded, self.bytes_total);
+        (self.progress)(Progress { bytes_loaded, bytes_total });
+    }
+
+    /// A part of a matrix, kept as `self.dtype` says. `rotary` is the head size of rows to be put
+    /// back in rotate-half order.
     fn matrix(
         &mut self,
         name: &str,
-        rows: usize,
-        cols: usize,
+        rows: &Cut,
+        cols: &Cut,
         rotary: Option<usize>,
     ) -> Result<Matrix, LoadError> {
-        let dtype = self.read(name, &[rows, cols])?;
+        if !cols.is_all() {
+            return self.columns(name, rows.size, cols);
+        }
+        let dtype = self.read(name, &[rows.size, cols.size], Some(&rows.part))?;
+        let (rows, cols) = (rows.part.len(), cols.size);
         if let Some(head_dim) = rotary {
             half_split(&self.bytes, rows, head_dim, &mut self.spare);
             std::mem::swap(&mut self.bytes, &mut self.spare);
         }
+        self.keep(name, dtype, rows, cols)
+    }
+
+    /// Some columns of a `[rows][cols]` matrix. The whole rows are read a few at a time, so that no
+    /// rank ever holds another one's columns.
+    fn columns(&mut self, name: &str, rows: usize, cols: &Cut) -> Result<Matrix, LoadError> {
+        let Record { dtype, .. } = self.source.record(name, &[rows, cols.size])?;
+        let refused = |loader: &Self, error| loader.refused(name, &error);
+        let row_bytes = dtype.bytes_for(cols.size).map_err(|e| refused(self, e))?;
+        let part = (dtype.bytes_for(cols.part.start), dtype.bytes_for(cols.part.end));
+        let mut kept = Vec::new();
+        let mut floats = Vec::new();
+        for start in (0..rows).step_by(COLUMN_CUT_ROWS) {
+            let end = rows.min(start + COLUMN_CUT_ROWS);
+            self.source.read_rows(name, start..end, &mut self.bytes)?;
+            self.loaded(self.bytes.len() / self.shard.ranks);
+            if let (Ok(from), Ok(to)) = part {
+                self.bytes.chunks_exact(row_bytes).for_each(|r| kept.extend(&r[from..to]));
+                continue;
+            }
+            // The cut goes through blocks of quantised weights.
+            self.expand(name, dtype, end - start, cols.size)?;
+            let expanded = self.floats.chunks_exact(cols.size);
+            expanded.for_each(|row| floats.extend(&row[cols.part.clone()]));
+        }
+        let (whole_blocks, cols) = (floats.is_empty(), cols.part.len());
+        if whole_blocks {
+            self.bytes = kept;
+            return self.keep(name, dtype, rows, cols);
+        }
+        let storage = match self.dtype {
+            WeightDtype::Bf16 => DType::BF16,
+            WeightDtype::Auto | WeightDtype::F32 => DType::F32,
+        };
+        Ok(Matrix::from_f32(self.pool, &floats, rows, cols, storage))
+    }
+
+    /// `self.bytes` as a `[rows][cols]` matrix, kept as `self.dtype` says.
+    fn keep(
+        &mut self,
+        name: &str,
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Matrix, LoadError> {
         let storage = match self.dtype {
             WeightDtype::Auto => dtype,
             WeightDtype::F32 => DType::F32,
@@ -153,17 +263,22 @@ impl<'a> Loader<'a> {
         Ok(Matrix::from_f32(self.pool, &self.floats, rows, cols, storage))
     }
 
+    /// A part of a vector.
     fn vector(
         &mut self,
         name: &str,
-        len: usize,
+        cut: &Cut,
         rotary: Option<usize>,
     ) -> Result<Vec<f32>, LoadError> {
-        let dtype = self.read(name, &[len])?;
-        self.expand(name, dtype, 1, len)?;
-        let Some(head_dim) = rotary else { return Ok(self.floats.clone()) };
-        let half = head_dim / 2;
-        Ok((0..len).map(|to| self.floats[interleaved_index(to, half)]).collect())
+        let dtype = self.read(name, &[cut.size], None)?;
+        self.expand(name, dtype, 1, cut.size)?;
+        let floats = &self.floats;
+        Ok(match rotary {
+            None => floats[cut.part.clone()].to_vec(),
+            Some(dim) => {
+                cut.part.clone().map(|to| floats[interleaved_index(to, dim / 2)]).collect()
+            }
+        })
     }
 
     fn norm(
@@ -172,7 +287,7 @@ impl<'a> Loader<'a> {
         len: usize,
         config: &ModelConfig,
     ) -> Result<Vec<f32>, LoadError> {
-        let mut weight = self.vector(name, len, None)?;
+        let mut weight = self.vector(name, &Cut::all(len), None)?;
         if config.norm_offset {
             weight.iter_mut().for_each(|w| *w += 1.0);
         }

@@ -16,9 +16,12 @@ mod names;
 mod qwen2;
 mod qwen3;
 mod rope;
+mod shard;
 mod source;
+mod weights;
 
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -30,6 +33,8 @@ use headstart_kernels::{Matrix, ThreadPool};
 pub use config::{Activation, ModelConfig};
 pub use error::LoadError;
 pub use rope::{Rope, RopeScaling};
+pub use shard::{Shard, TooManyRanks};
+pub use weights::Weights;
 
 use family::{GgufReader, HfReader};
 use loader::Loader;
@@ -125,10 +130,16 @@ pub(crate) struct Layer {
     pub(crate) post_mlp_norm: Option<Vec<f32>>,
 }
 
-/// A loaded model: configuration and weights, shared read-only by its executors.
+/// A loaded model, or one rank's part of it: configuration and weights, shared read-only by its
+/// executors.
 #[derive(Debug)]
 pub struct Model {
+    /// Of this rank: its own heads and its own part of the MLP's width.
     config: ModelConfig,
+    shard: Shard,
+    /// Tokens whose rows of the embedding and the head are here.
+    pub(crate) vocab: Range<usize>,
+    /// `[vocab.len()][hidden]`, as the head.
     pub(crate) embedding: Matrix,
     /// `None`: the embedding is the head.
     pub(crate) head: Option<Matrix>,
@@ -147,6 +158,19 @@ impl Model {
         options: LoadOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Self, LoadError> {
+        Self::load_part(path, options, Shard::WHOLE, progress)
+    }
+
+    /// Loads what one tensor-parallel rank holds of a model; nothing else of it is kept in memory.
+    ///
+    /// # Errors
+    /// As [`Model::load`]; and [`LoadError::Ranks`] when it cannot be cut so often.
+    pub fn load_part(
+        path: &Path,
+        options: LoadOptions,
+        shard: Shard,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self, LoadError> {
         let pool = ThreadPool::new(options.threads.max(1));
         if path.is_dir() {
             let hf = HfDir::open(path)?.config()?;
@@ -156,7 +180,7 @@ impl Model {
                 (family.from_hf)(&HfReader { config: &hf, path: &file })?.validate(&file)?;
             let names = Names::Hf { post_norms: config.post_norms };
             let source = Source::Dir(SafetensorsDir::open(path)?);
-            Loader::new(source, names, false, options.dtype, &pool, progress).model(config)
+            Loader::new(source, names, false, options.dtype, shard, &pool, progress).model(config)
         } else {
             let gguf = Gguf::open(path)?;
             let family = family::of_gguf(&gguf)?;
@@ -164,15 +188,23 @@ impl Model {
             let config = (family.from_gguf)(&reader)?.validate(path)?;
             let source = Source::Gguf(gguf);
             let interleaved = family.gguf_interleaved;
-            Loader::new(source, Names::Gguf, interleaved, options.dtype, &pool, progress)
+            let names = Names::Gguf;
+            Loader::new(source, names, interleaved, options.dtype, shard, &pool, progress)
                 .model(config)
         }
     }
 
-    /// What the model is.
+    /// What the model is. Of a part of a model: with its own heads and MLP width; the vocabulary
+    /// and everything else are the whole model's.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// Which part of the model this is.
+    #[must_use]
+    pub fn shard(&self) -> Shard {
+        self.shard
     }
 
     /// Bytes of all matrices in memory.

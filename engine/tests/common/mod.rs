@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use headstart_engine::core::pages::PageId;
-use headstart_engine::executor::cpu::{CpuExecutor, CpuOptions};
+use headstart_engine::executor::cpu::{self, CpuExecutor, CpuOptions};
 use headstart_engine::executor::{Executor, Found, Probe, Row};
-use headstart_engine::model::{LoadOptions, Model, WeightDtype};
+use headstart_engine::model::{LoadOptions, Model, WeightDtype, Weights};
 use headstart_engine::{Sampling, TokenId};
 
 /// Where the committed models are.
@@ -28,6 +28,12 @@ pub fn load(path: &Path, dtype: WeightDtype) -> Arc<Model> {
     Arc::new(model)
 }
 
+/// All parts of a model for `tp` ranks.
+pub fn load_parts(path: &Path, dtype: WeightDtype, tp: usize) -> Weights {
+    let options = LoadOptions { dtype, threads: 2 };
+    Weights::load(path, options, tp, &mut |_| {}).unwrap_or_else(|e| panic!("{e}"))
+}
+
 /// Positions of all sequences of a test; their pages are not given back.
 const KV_TOKENS: usize = 16 * 1024;
 
@@ -42,7 +48,7 @@ pub struct Sequence {
 
 /// An executor and its pages.
 pub struct Runner {
-    pub executor: CpuExecutor,
+    pub executor: Box<dyn Executor>,
     pages_used: usize,
 }
 
@@ -50,6 +56,13 @@ impl Runner {
     pub fn new(model: &Arc<Model>, threads: usize, chunk_tokens: usize) -> Self {
         let options = CpuOptions { threads, page_size: 16, kv_tokens: KV_TOKENS, chunk_tokens };
         let executor = CpuExecutor::new(model.clone(), options).expect("options are right");
+        Self { executor: Box::new(executor), pages_used: 0 }
+    }
+
+    /// One rank for each part of the weights.
+    pub fn parallel(weights: &Weights, threads: usize, chunk_tokens: usize) -> Self {
+        let options = CpuOptions { threads, page_size: 16, kv_tokens: KV_TOKENS, chunk_tokens };
+        let executor = cpu::executor(weights, options).expect("options are right");
         Self { executor, pages_used: 0 }
     }
 

@@ -74,6 +74,11 @@ pub struct UpOptions {
     #[arg(long, value_name = "N", env = "HEADSTART_THREADS", value_parser = positive,
         help_heading = "Nodes")]
     pub threads: Option<usize>,
+    /// Tensor-parallel ranks of a base, each with its part of the weights, the KV cache and the
+    /// threads
+    #[arg(long, value_name = "N", env = "HEADSTART_TP", value_parser = positive,
+        default_value_t = 1, help_heading = "Nodes")]
+    pub tp: usize,
     /// Requests that a node runs at once
     #[arg(long, value_name = "N", env = "HEADSTART_SLOTS", value_parser = positive,
         default_value_t = 16, help_heading = "Nodes")]

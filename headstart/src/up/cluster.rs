@@ -9,7 +9,7 @@ use futures::future::select_all;
 use headstart_base_node::BaseOptions;
 use headstart_cluster::{Etcd, InMemory, Membership, Tier};
 use headstart_drafter_node::DrafterOptions;
-use headstart_engine::executor::cpu::{CpuExecutor, CpuOptions};
+use headstart_engine::executor::cpu::{self, CpuOptions};
 use headstart_engine::{EngineHandle, EngineOptions, EngineStats};
 use headstart_router::{RouterOptions, RunningRouter};
 use headstart_service::node::{Lifetimes, RunningNode, random_id};
@@ -240,14 +240,14 @@ impl Starter<'_> {
             step_tokens: self.options.step_tokens,
             ..EngineOptions::default()
         };
-        let cpu = CpuOptions {
+        let cpu_options = CpuOptions {
             threads: self.options.threads(),
-            kv_tokens: self.options.kv_tokens(loaded.model.config().context_length),
+            kv_tokens: self.options.kv_tokens(loaded.weights.config().context_length),
             ..CpuOptions::default()
         };
         let start = || {
-            let executor = CpuExecutor::new(Arc::clone(&loaded.model), cpu).map_err(failed)?;
-            Ok(EngineHandle::start(Box::new(executor), engine))
+            let executor = cpu::executor(&loaded.weights, cpu_options).map_err(failed)?;
+            Ok(EngineHandle::start(executor, engine))
         };
         (0..count).map(|_| start()).collect()
     }

@@ -1,9 +1,8 @@
 //! Models into memory, with progress; one copy for all nodes that run the same one.
 
 use std::path::Path;
-use std::sync::Arc;
 
-use headstart_engine::model::{LoadOptions, Model};
+use headstart_engine::model::{LoadOptions, Weights};
 use headstart_text::ModelText;
 
 use super::args::UpOptions;
@@ -18,7 +17,7 @@ use crate::models::progress::{Progress, Show, human_bytes};
 pub(super) struct Loaded {
     /// The name clients use.
     pub(super) name: String,
-    pub(super) model: Arc<Model>,
+    pub(super) weights: Weights,
     pub(super) text: ModelText,
 }
 
@@ -43,19 +42,19 @@ fn both(options: &UpOptions, drafter: &Local, base: &Local) -> Result<(Loaded, L
     let drafter_text = text(&drafter.path)?;
     let base_text = text(&base.path)?.with_base_prompt(options.base_prompt.into());
     let base_text = base_text.map_err(|error| failed(&base.path, &error))?;
-    let drafter_model = model(options, drafter)?;
-    let base_model = match drafter.path == base.path {
-        true => Arc::clone(&drafter_model),
-        false => model(options, base)?,
+    let drafter_weights = weights(options, drafter, 1)?;
+    let base_weights = match drafter.path == base.path && options.tp == 1 {
+        true => drafter_weights.clone(),
+        false => weights(options, base, options.tp)?,
     };
     let named = |name: &Option<String>, local: &Local| name.clone().unwrap_or(local.name.clone());
     Ok((
         Loaded {
             name: named(&options.drafter_name, drafter),
-            model: drafter_model,
+            weights: drafter_weights,
             text: drafter_text,
         },
-        Loaded { name: named(&options.base_name, base), model: base_model, text: base_text },
+        Loaded { name: named(&options.base_name, base), weights: base_weights, text: base_text },
     ))
 }
 
@@ -63,10 +62,10 @@ fn text(path: &Path) -> Result<ModelText, Failure> {
     ModelText::load(path).map_err(|error| failed(path, &error))
 }
 
-fn model(options: &UpOptions, local: &Local) -> Result<Arc<Model>, Failure> {
+fn weights(options: &UpOptions, local: &Local, tp: usize) -> Result<Weights, Failure> {
     let load = LoadOptions { dtype: options.dtype, threads: options.threads() };
     let progress = Progress::start(Show::Progress, &format!("loading {}", local.name), 0);
-    let model = Model::load(&local.path, load, &mut |so_far| {
+    let weights = Weights::load(&local.path, load, tp, &mut |so_far| {
         progress.set_total(so_far.bytes_total);
         progress.set(so_far.bytes_loaded);
     })
@@ -74,10 +73,10 @@ fn model(options: &UpOptions, local: &Local) -> Result<Arc<Model>, Failure> {
     progress.finish();
     tracing::info!(
         model = local.name,
-        weights = human_bytes(model.weight_bytes() as u64),
+        weights = human_bytes(weights.weight_bytes() as u64),
         "loaded"
     );
-    Ok(Arc::new(model))
+    Ok(weights)
 }
 
 /// Errors of the formats name their file; the others are told which one it was.

@@ -6,6 +6,7 @@ use headstart_kernels::{
 };
 
 use super::CpuExecutor;
+use crate::collective::RankLost;
 use crate::executor::Row;
 use crate::model::{Activation, Linear};
 
@@ -79,22 +80,26 @@ fn project<const N: usize>(
 impl CpuExecutor {
     /// Runs the tokens of `spans` through all layers; keys and values go to the pages, the residual
     /// stream stays in the scratch.
-    pub(super) fn forward(&mut self, rows: &[Row<'_>], spans: &[Span]) {
+    ///
+    /// # Errors
+    /// [`RankLost`].
+    pub(super) fn forward(&mut self, rows: &[Row<'_>], spans: &[Span]) -> Result<(), RankLost> {
         let tokens = spans.last().map_or(0, |span| span.at + span.len);
-        self.embed(rows, spans, tokens);
+        self.embed(rows, spans, tokens)?;
         self.place(rows, spans);
         // Out of the scratch for a while, so that the sequences may borrow them.
         let pages = std::mem::take(&mut self.scratch.pages);
         let seqs = sequences(spans, &pages, self.limits.page_size);
         for layer in 0..self.model.layers.len() {
-            self.attention(layer, tokens, &seqs);
-            self.mlp(layer, tokens);
+            self.attention(layer, tokens, &seqs)?;
+            self.mlp(layer, tokens)?;
         }
         self.scratch.pages = pages;
+        Ok(())
     }
 
     /// Token embeddings, and buffers of the right size.
-    fn embed(&mut self, rows: &[Row<'_>], spans: &[Span], tokens: usize) {
+    fn embed(&mut self, rows: &[Row<'_>], spans: &[Span], tokens: usize) -> Result<(), RankLost> {
         let config = self.model.config();
         let s = &mut self.scratch;
         let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
@@ -112,12 +117,20 @@ impl CpuExecutor {
             buffer.resize(tokens * width, 0.0);
         }
         let new = spans.iter().flat_map(|s| &rows[s.row].context[s.start..s.start + s.len]);
+        let vocab = &self.model.vocab;
         for (token, out) in new.zip(s.hidden.chunks_exact_mut(hidden)) {
-            self.model.embedding.row_f32(*token as usize, out);
+            let token = *token as usize;
+            if vocab.contains(&token) {
+                self.model.embedding.row_f32(token - vocab.start, out);
+            } else {
+                out.fill(0.0);
+            }
         }
+        self.collective.all_reduce(&mut s.hidden)?;
         if config.embedding_scale != 1.0 {
             scale(&self.pool, &mut s.hidden, config.embedding_scale);
         }
+        Ok(())
     }
 
     /// Angles and KV places of every token, page tables of every span.
@@ -138,7 +151,12 @@ impl CpuExecutor {
     }
 
     /// Norm, projections, rotation, attention over the pages, output projection, residual.
-    fn attention(&mut self, index: usize, tokens: usize, seqs: &[AttentionSeq<'_>]) {
+    fn attention(
+        &mut self,
+        index: usize,
+        tokens: usize,
+        seqs: &[AttentionSeq<'_>],
+    ) -> Result<(), RankLost> {
         let (model, pool, s) = (&*self.model, &self.pool, &mut self.scratch);
         let (config, layer) = (model.config(), &model.layers[index]);
         let (eps, head_dim) = (config.norm_eps, config.head_dim);
@@ -172,14 +190,16 @@ impl CpuExecutor {
             },
         );
         project(pool, &s.attended, tokens, [&layer.output], [&mut s.delta]);
+        self.collective.all_reduce(&mut s.delta)?;
         if let Some(norm) = &layer.post_attention_norm {
             rms_norm(pool, &s.delta, norm, eps, &mut s.normed);
             std::mem::swap(&mut s.delta, &mut s.normed);
         }
+        Ok(())
     }
 
     /// Residual of attention, norm, gated MLP, residual.
-    fn mlp(&mut self, index: usize, tokens: usize) {
+    fn mlp(&mut self, index: usize, tokens: usize) -> Result<(), RankLost> {
         let (model, pool, s) = (&*self.model, &self.pool, &mut self.scratch);
         let (config, layer) = (model.config(), &model.layers[index]);
         let eps = config.norm_eps;
@@ -191,10 +211,12 @@ impl CpuExecutor {
             Activation::GeluTanh => gelu_tanh_mul(pool, &mut s.gate, &s.up),
         }
         project(pool, &s.gate, tokens, [&layer.down], [&mut s.delta]);
+        self.collective.all_reduce(&mut s.delta)?;
         if let Some(norm) = &layer.post_mlp_norm {
             rms_norm(pool, &s.delta, norm, eps, &mut s.normed);
             std::mem::swap(&mut s.delta, &mut s.normed);
         }
         add(pool, &mut s.hidden, &s.delta);
+        Ok(())
     }
 }

@@ -3,8 +3,12 @@
 //! The new tokens of all rows are laid end to end and run in chunks, so scratch memory has a bound
 //! whatever the batch. Only positions with a probe meet the final norm and the head, a few rows of
 //! logits at a time.
+//!
+//! With tensor parallelism an executor is one rank: it has its own heads, its own part of the MLP
+//! and of the vocabulary, its own threads and KV pool ([`TensorParallel`] runs them side by side).
 
 mod forward;
+mod parallel;
 mod probe;
 
 use std::sync::Arc;
@@ -12,8 +16,13 @@ use std::sync::Arc;
 use headstart_kernels::{KvPool, KvShape, RopeAngles, ThreadPool};
 
 use super::{Executor, ExecutorError, Found, Limits, Row};
-use crate::model::Model;
+use crate::collective::{Alone, Collective, RankLost};
+use crate::core::sampling;
+use crate::model::{Model, Weights};
 use forward::{Scratch, Span};
+use probe::Partial;
+
+pub use parallel::TensorParallel;
 
 /// How a [`CpuExecutor`] is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,15 +48,31 @@ impl Default for CpuOptions {
     }
 }
 
+/// An executor for a model in memory: one rank, or several side by side.
+///
+/// # Errors
+/// As [`CpuExecutor::new`].
+pub fn executor(
+    weights: &Weights,
+    options: CpuOptions,
+) -> Result<Box<dyn Executor>, ExecutorError> {
+    match weights.parts() {
+        [whole] => Ok(Box::new(CpuExecutor::new(Arc::clone(whole), options)?)),
+        parts => Ok(Box::new(TensorParallel::new(parts.to_vec(), options)?)),
+    }
+}
+
 /// Runs a model on CPU threads of its own. Several executors may share one model.
 #[derive(Debug)]
 pub struct CpuExecutor {
     model: Arc<Model>,
+    collective: Box<dyn Collective>,
     pool: ThreadPool,
     kv: KvPool,
     angles: RopeAngles,
     scratch: Scratch,
     probes: probe::Scratch,
+    sampler: sampling::Scratch,
     chunk_tokens: usize,
     limits: Limits,
 }
@@ -58,7 +83,20 @@ impl CpuExecutor {
     /// # Errors
     /// The page size or the model's head size is one that the kernels cannot work with, or the pool
     /// is beyond the address space.
+    ///
+    /// # Panics
+    /// If the model is one rank's part.
     pub fn new(model: Arc<Model>, options: CpuOptions) -> Result<Self, ExecutorError> {
+        assert_eq!(model.shard().ranks, 1, "a part of a model needs its other ranks");
+        Self::rank(model, options, Box::new(Alone))
+    }
+
+    /// One rank of several.
+    fn rank(
+        model: Arc<Model>,
+        options: CpuOptions,
+        collective: Box<dyn Collective>,
+    ) -> Result<Self, ExecutorError> {
         let config = model.config();
         let page_size = options.page_size.max(1);
         let pages = options.kv_tokens.div_ceil(page_size).max(1);
@@ -84,8 +122,10 @@ impl CpuExecutor {
             angles,
             scratch: Scratch::default(),
             probes: probe::Scratch::default(),
+            sampler: sampling::Scratch::default(),
             chunk_tokens: options.chunk_tokens.max(1),
             limits,
+            collective,
             model,
         })
     }
@@ -100,6 +140,18 @@ impl CpuExecutor {
     #[must_use]
     pub fn kv_bytes(&self) -> usize {
         self.kv.shape().page_bytes() * self.kv.shape().pages
+    }
+
+    /// This rank's part of a batch that passed [`Self::check`]: what it finds at each probe of each
+    /// row.
+    fn run(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Partial>>, RankLost> {
+        let mut found: Vec<Vec<Partial>> =
+            rows.iter().map(|row| Vec::with_capacity(row.probes.len())).collect();
+        for spans in chunks(rows, self.chunk_tokens) {
+            self.forward(rows, &spans)?;
+            self.look(rows, &spans, &mut found);
+        }
+        Ok(found)
     }
 
     /// Refuses a batch that would reach outside the model or the pool.
@@ -172,14 +224,13 @@ impl Executor for CpuExecutor {
 
     fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
         self.check(rows)?;
-        let mut found: Vec<Vec<Found>> =
-            rows.iter().map(|row| Vec::with_capacity(row.probes.len())).collect();
-        for spans in chunks(rows, self.chunk_tokens) {
-            self.forward(rows, &spans);
-            self.answer(rows, &spans, &mut found)?;
-        }
-        Ok(found)
+        let found = self.run(rows).map_err(lost)?;
+        probe::join(rows, vec![found], &mut self.sampler)
     }
+}
+
+fn lost(lost: RankLost) -> ExecutorError {
+    ExecutorError { message: lost.to_string(), fatal: true }
 }
 
 #[cfg(test)]
