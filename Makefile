@@ -4,7 +4,7 @@ CARGO ?= cargo
 HEADSTART = target/release/headstart
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full verify fix bench build setup setup-test
+.PHONY: help demo test test-full overload verify fix bench build setup setup-test
 
 help: ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ test-full: setup-test ## What `make test` leaves out: the golden files of SmolLM
 	$(CARGO) test --release --locked --workspace --no-run
 	$(HEADSTART) models pull smollm2 qwen2.5-coder
 	$(CARGO) test --release --locked --workspace --test golden --test golden_full -- --ignored
+
+overload: setup-test ## Measure goodput, refusals and memory at four times the capacity
+	OVERLOAD_SECONDS=$${OVERLOAD_SECONDS:-10} $(CARGO) test --release --locked -p headstart-tests --test overload -- --ignored --nocapture
 
 verify: setup ## Check format, lints, documentation and dependencies; writes nothing to the sources
 	$(CARGO) fmt --all --check

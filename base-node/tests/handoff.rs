@@ -15,6 +15,7 @@ use headstart_proto::v1::{
     self, DraftEncoding, DraftEnd, handoff_frame, handoff_reply, serve_frame,
 };
 use headstart_proto::{Error, ErrorCode, NodeId};
+use headstart_service::channel::KeepAlive;
 use headstart_text::ModelText;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -50,6 +51,7 @@ async fn start(options: FakeOptions, slots: usize, handoff_timeout: Duration) ->
         engine: engine.clone(),
         text: text.clone(),
         handoff_timeout,
+        keep_alive: KeepAlive::CLUSTER,
         draining: CancellationToken::new(),
         sessions: TaskTracker::new(),
     };

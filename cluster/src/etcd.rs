@@ -5,6 +5,7 @@
 
 mod hold;
 mod link;
+mod look;
 mod watcher;
 
 use std::sync::Arc;

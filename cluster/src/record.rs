@@ -58,6 +58,9 @@ pub struct NodeRecord {
     pub context_length: u32,
     /// Requests it runs at once.
     pub slots: u32,
+    /// Tokens that its KV cache holds for all requests together; 0: it does not say.
+    #[serde(default)]
+    pub kv_tokens: u64,
     /// It finishes what it has and takes no new work.
     #[serde(default)]
     pub draining: bool,
@@ -145,6 +148,7 @@ pub(crate) mod tests {
             text_fingerprint: "cd".repeat(32),
             context_length: 2048,
             slots: 4,
+            kv_tokens: 8192,
             draining: false,
             incarnation: 1,
         }
@@ -157,6 +161,9 @@ pub(crate) mod tests {
         let text = String::from_utf8(record.to_json()).unwrap();
         let newer = text.replacen('{', "{\"new_field\":[1],", 1);
         assert_eq!(NodeRecord::from_json(newer.as_bytes()).unwrap(), record);
+        let older = text.replace("\"kv_tokens\":8192,", "");
+        assert_ne!(older, text);
+        assert_eq!(NodeRecord::from_json(older.as_bytes()).unwrap().kv_tokens, 0);
     }
 
     #[test]

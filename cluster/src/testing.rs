@@ -1,4 +1,6 @@
-//! A real etcd on loopback, for tests.
+//! A real etcd on loopback, and lines that fail, for tests.
+
+mod proxy;
 
 use std::io;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -6,6 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
+
+pub use proxy::{Line, Proxy};
 
 /// How long etcd may take to elect itself.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -56,6 +60,17 @@ impl EtcdServer {
             let _ = process.kill();
             let _ = process.wait();
         }
+    }
+
+    /// Pauses the process (SIGSTOP), or lets it go on (SIGCONT).
+    ///
+    /// # Errors
+    /// When there is no process, or no `kill` program.
+    pub fn set_paused(&self, paused: bool) -> io::Result<()> {
+        let process = self.process.as_ref().ok_or_else(|| io::Error::other("etcd does not run"))?;
+        let signal = if paused { "-STOP" } else { "-CONT" };
+        let status = Command::new("kill").args([signal, &process.id().to_string()]).status()?;
+        if status.success() { Ok(()) } else { Err(io::Error::other("kill failed")) }
     }
 
     /// Kills the process and forgets its data.

@@ -9,11 +9,14 @@ use crate::{NodeRecord, View};
 
 /// Builds the view from what the store tells. Pure: time is handed in.
 ///
-/// After an outage a node that is missing from the store is kept for a while: during the outage it
-/// could not keep its lease, and it registers again by itself.
+/// That a record is gone from the store does not say that its node is: during an outage of the store
+/// no node can keep its lease, and a store that comes back empty, or late, knows nobody. Such a node
+/// lingers in the view. From some moment on it is due to be looked at: it stays if it answers, and
+/// is given up if it does not. Only a node that had said that it drains leaves without a look.
 #[derive(Debug, Default)]
 pub(crate) struct Tracker {
     view: View,
+    /// When each lingering node is due.
     lingering: BTreeMap<NodeId, Instant>,
 }
 
@@ -22,8 +25,8 @@ impl Tracker {
         &self.view
     }
 
-    /// Takes over a whole list. With a `grace`, nodes that are missing from it stay so long.
-    pub(crate) fn list(&mut self, records: Vec<NodeRecord>, now: Instant, grace: Option<Duration>) {
+    /// Takes over a whole list. Nodes that are missing from it are due after `grace`.
+    pub(crate) fn list(&mut self, records: Vec<NodeRecord>, now: Instant, grace: Duration) {
         let listed: BTreeSet<NodeId> = records.iter().map(|r| r.node_id.clone()).collect();
         for record in records {
             self.put(record);
@@ -31,12 +34,7 @@ impl Tracker {
         let missing: Vec<NodeId> =
             self.view.nodes.keys().filter(|id| !listed.contains(*id)).cloned().collect();
         for id in missing {
-            match grace {
-                Some(grace) => {
-                    self.lingering.entry(id).or_insert(now + grace);
-                }
-                None => self.remove(&id),
-            }
+            self.vanished(&id, now + grace);
         }
     }
 
@@ -45,26 +43,44 @@ impl Tracker {
         self.view.nodes.insert(record.node_id.clone(), record);
     }
 
+    /// A record is gone from the store: its node is due at `due`, unless it drained or is due sooner.
+    pub(crate) fn vanished(&mut self, id: &NodeId, due: Instant) {
+        match self.view.nodes.get(id) {
+            Some(record) if !record.draining => {
+                self.lingering.entry(id.clone()).or_insert(due);
+            }
+            _ => self.remove(id),
+        }
+    }
+
     pub(crate) fn remove(&mut self, id: &NodeId) {
         self.lingering.remove(id);
         self.view.nodes.remove(id);
     }
 
-    /// When the next lingering node is to be given up.
-    pub(crate) fn next_expiry(&self) -> Option<Instant> {
+    /// When the next lingering node is due.
+    pub(crate) fn next_due(&self) -> Option<Instant> {
         self.lingering.values().min().copied()
     }
 
-    /// Gives up the lingering nodes whose time is over.
-    pub(crate) fn expire(&mut self, now: Instant) {
-        let over: Vec<NodeId> = self
-            .lingering
-            .iter()
-            .filter(|(_, until)| **until <= now)
-            .map(|(id, _)| id.clone())
+    /// The nodes that are due now. They are due again at `again`, should nobody look until then.
+    pub(crate) fn due(&mut self, now: Instant, again: Instant) -> Vec<NodeRecord> {
+        let due = self.lingering.iter_mut().filter(|(_, at)| **at <= now);
+        let ids: Vec<NodeId> = due
+            .map(|(id, at)| {
+                *at = again;
+                id.clone()
+            })
             .collect();
-        for id in over {
-            self.remove(&id);
+        ids.iter().filter_map(|id| self.view.nodes.get(id).cloned()).collect()
+    }
+
+    /// Somebody looked at a node that was due. One that did not answer is given up, unless it has
+    /// come back to the store meanwhile.
+    pub(crate) fn looked(&mut self, record: &NodeRecord, answered: bool) {
+        let id = &record.node_id;
+        if !answered && self.lingering.contains_key(id) && self.view.nodes.get(id) == Some(record) {
+            self.remove(id);
         }
     }
 }
@@ -80,36 +96,63 @@ mod tests {
         tracker.view().nodes.keys().map(NodeId::as_str).collect()
     }
 
-    #[test]
-    fn a_list_without_grace_replaces_the_view() {
-        let (mut tracker, now) = (Tracker::default(), Instant::now());
-        tracker.list(vec![record("a"), record("b")], now, None);
-        tracker.list(vec![record("b"), record("c")], now, None);
-        assert_eq!(ids(&tracker), ["b", "c"]);
-        assert_eq!(tracker.next_expiry(), None);
+    fn due(tracker: &mut Tracker, now: Instant) -> Vec<String> {
+        tracker.due(now, now + GRACE).iter().map(|record| record.node_id.to_string()).collect()
     }
 
     #[test]
-    fn after_an_outage_missing_nodes_linger_and_then_go() {
+    fn whoever_is_missing_lingers_until_it_was_looked_at() {
         let (mut tracker, now) = (Tracker::default(), Instant::now());
-        tracker.list(vec![record("a"), record("b"), record("c")], now, None);
-        tracker.list(vec![], now, Some(GRACE));
+        tracker.list(vec![record("a"), record("b"), record("c")], now, GRACE);
+        assert_eq!(tracker.next_due(), None);
+        tracker.list(vec![], now, GRACE);
         assert_eq!(ids(&tracker), ["a", "b", "c"]);
         tracker.put(record("a"));
-        tracker.remove(&"b".parse().unwrap());
-        tracker.expire(now + GRACE / 2);
-        assert_eq!(ids(&tracker), ["a", "c"]);
-        assert_eq!(tracker.next_expiry(), Some(now + GRACE));
-        tracker.expire(now + GRACE);
-        assert_eq!(ids(&tracker), ["a"]);
+        assert_eq!(tracker.next_due(), Some(now + GRACE));
+        assert!(due(&mut tracker, now + GRACE / 2).is_empty());
+        assert_eq!(due(&mut tracker, now + GRACE), ["b", "c"]);
+        assert!(due(&mut tracker, now + GRACE).is_empty(), "somebody looks already");
+        tracker.looked(&record("b"), true);
+        tracker.looked(&record("c"), false);
+        assert_eq!(ids(&tracker), ["a", "b"]);
+        assert_eq!(due(&mut tracker, now + GRACE * 2), ["b"], "and again, as long as it takes");
     }
 
     #[test]
-    fn a_second_outage_does_not_prolong_the_grace() {
+    fn a_record_that_vanishes_is_due_at_once_unless_its_node_drained() {
         let (mut tracker, now) = (Tracker::default(), Instant::now());
-        tracker.list(vec![record("a")], now, None);
-        tracker.list(vec![], now, Some(GRACE));
-        tracker.list(vec![], now + GRACE / 2, Some(GRACE));
-        assert_eq!(tracker.next_expiry(), Some(now + GRACE));
+        let drained = NodeRecord { draining: true, ..record("b") };
+        tracker.list(vec![record("a"), drained], now, GRACE);
+        tracker.vanished(&"a".parse().unwrap(), now);
+        tracker.vanished(&"b".parse().unwrap(), now);
+        tracker.vanished(&"unknown".parse().unwrap(), now);
+        assert_eq!(ids(&tracker), ["a"]);
+        assert_eq!(due(&mut tracker, now), ["a"]);
+    }
+
+    #[test]
+    fn whoever_came_back_is_not_given_up_for_an_old_silence() {
+        let (mut tracker, now) = (Tracker::default(), Instant::now());
+        tracker.list(vec![record("a")], now, GRACE);
+        tracker.vanished(&"a".parse().unwrap(), now);
+        assert_eq!(due(&mut tracker, now), ["a"]);
+        let again = NodeRecord { incarnation: 2, ..record("a") };
+        tracker.put(again.clone());
+        tracker.looked(&record("a"), false);
+        assert_eq!(ids(&tracker), ["a"]);
+        tracker.vanished(&"a".parse().unwrap(), now);
+        tracker.looked(&record("a"), false);
+        assert_eq!(ids(&tracker), ["a"], "it was the start before that was silent");
+        tracker.looked(&again, false);
+        assert!(ids(&tracker).is_empty());
+    }
+
+    #[test]
+    fn a_second_outage_does_not_put_off_the_look() {
+        let (mut tracker, now) = (Tracker::default(), Instant::now());
+        tracker.list(vec![record("a")], now, GRACE);
+        tracker.list(vec![], now, GRACE);
+        tracker.list(vec![], now + GRACE / 2, GRACE);
+        assert_eq!(tracker.next_due(), Some(now + GRACE));
     }
 }

@@ -24,6 +24,7 @@ fn record(id: &str, incarnation: u64) -> NodeRecord {
         text_fingerprint: "cd".repeat(32),
         context_length: 4096,
         slots: 8,
+        kv_tokens: 0,
         draining: false,
         incarnation,
     }

@@ -14,6 +14,7 @@ use headstart_proto::v1::{
     self, DraftEncoding, DraftEnd, draft_frame, handoff_frame, handoff_reply,
 };
 use headstart_proto::{Error, ErrorCode, NodeId};
+use headstart_service::channel::KeepAlive;
 use headstart_text::ModelText;
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc};
@@ -122,6 +123,7 @@ async fn start(options: FakeOptions, slots: usize) -> Node {
         engine: engine.clone(),
         text: text.clone(),
         handoff_timeout: Duration::from_secs(20),
+        keep_alive: KeepAlive::CLUSTER,
         draining: CancellationToken::new(),
         sessions: TaskTracker::new(),
     };

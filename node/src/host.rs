@@ -7,6 +7,7 @@ use headstart_cluster::{Membership, NodeRecord, Tier, incarnation_now};
 use headstart_engine::{EngineHandle, EngineStats};
 use headstart_proto::NodeId;
 use headstart_proto::v1::node_server::NodeServer;
+use headstart_service::channel::KeepAlive;
 use headstart_service::metrics;
 use headstart_service::node::{Lifetimes, NodeError, NodeParts, RunningNode};
 use headstart_service::node_service::{NodeService, NodeStatus};
@@ -47,6 +48,8 @@ pub struct Host {
     pub text: ModelText,
     /// How long either side of a handoff waits for the other.
     pub handoff_timeout: Duration,
+    /// How soon another node that is paused or cut off is found.
+    pub keep_alive: KeepAlive,
     /// Cancelled when the node takes no new work.
     pub draining: CancellationToken,
     /// Live work, which a drain waits for.
@@ -86,6 +89,7 @@ pub async fn start(
         engine,
         text: text.clone(),
         handoff_timeout: options.handoff_timeout,
+        keep_alive: options.lifetimes.keep_alive,
         draining: CancellationToken::new(),
         sessions: TaskTracker::new(),
     };
@@ -175,6 +179,7 @@ fn record(
         text_fingerprint: text.fingerprint().to_string(),
         context_length: u32::try_from(context).unwrap_or(u32::MAX),
         slots: u32::try_from(engine.stats().slots).unwrap_or(u32::MAX),
+        kv_tokens: engine.stats().kv_tokens as u64,
         draining: false,
         incarnation: incarnation_now(),
     }

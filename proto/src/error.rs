@@ -45,6 +45,10 @@ pub enum ErrorCode {
     StaleEpoch,
     /// A frame that the protocol does not allow here: a gap, another request's, out of order.
     Protocol,
+    /// The caller's API key is missing or not known.
+    Unauthenticated,
+    /// The caller read its answer so slowly that too much of it waited.
+    SlowReader,
     /// Every queue and slot is taken.
     Overloaded,
     /// No drafter is up for this model.
@@ -74,7 +78,7 @@ struct Facts {
 
 impl ErrorCode {
     /// Every code.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::InvalidArgument,
         Self::Unsupported,
         Self::ContextTooLong,
@@ -85,6 +89,8 @@ impl ErrorCode {
         Self::Mismatch,
         Self::StaleEpoch,
         Self::Protocol,
+        Self::Unauthenticated,
+        Self::SlowReader,
         Self::Overloaded,
         Self::NoDrafter,
         Self::NoBase,
@@ -115,6 +121,8 @@ impl ErrorCode {
             Self::Mismatch         => row("mismatch",           409, Code::FailedPrecondition, false, false),
             Self::StaleEpoch       => row("stale_epoch",        409, Code::Aborted,            false, false),
             Self::Protocol         => row("protocol",           502, Code::DataLoss,           true,  false),
+            Self::Unauthenticated  => row("unauthenticated",    401, Code::Unauthenticated,    false, true),
+            Self::SlowReader       => row("slow_reader",        408, Code::Aborted,            false, true),
             Self::Overloaded       => row("overloaded",         429, Code::ResourceExhausted,  true,  false),
             Self::NoDrafter        => row("no_drafter",         503, Code::Unavailable,        true,  false),
             Self::NoBase           => row("no_base",            503, Code::Unavailable,        true,  false),
@@ -235,6 +243,7 @@ impl Error {
             Code::Aborted => ErrorCode::StaleEpoch,
             Code::DataLoss => ErrorCode::Protocol,
             Code::ResourceExhausted => ErrorCode::Overloaded,
+            Code::Unauthenticated => ErrorCode::Unauthenticated,
             Code::Unavailable => ErrorCode::Unavailable,
             Code::DeadlineExceeded => ErrorCode::DeadlineExceeded,
             Code::Cancelled => ErrorCode::Cancelled,

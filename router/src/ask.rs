@@ -3,6 +3,10 @@
 use headstart_proto::Error;
 use headstart_text::Message;
 
+use crate::admission::Class;
+
+/// The header, or gRPC metadata, that says how soon a request is wanted.
+pub(crate) const PRIORITY_HEADER: &str = "x-headstart-priority";
 /// Most answers one request may ask for.
 pub(crate) const CHOICES_MAX: u32 = 16;
 /// Most stop strings one request may name.
@@ -44,6 +48,8 @@ pub(crate) struct Ask {
     pub(crate) threshold: Option<f32>,
     /// Longest draft, in the drafter's tokens.
     pub(crate) draft_tokens_max: Option<u32>,
+    /// How soon it is wanted; unset: as the request's header says, or interactive.
+    pub(crate) class: Option<Class>,
 }
 
 /// How the base samples the continuation.
@@ -169,6 +175,17 @@ pub(crate) fn check_name(field: &str, name: &str) -> Result<(), Error> {
     let message =
         format!("{field} must be a name of 1 to {NAME_BYTES_MAX} bytes, found {}", name.len());
     Err(Error::invalid(field, message))
+}
+
+/// Reads a priority's name.
+///
+/// # Errors
+/// Invalid argument in `field`.
+pub(crate) fn check_priority(field: &str, name: &str) -> Result<Class, Error> {
+    Class::from_name(name).ok_or_else(|| {
+        let shown = &name[..name.floor_char_boundary(80)];
+        Error::invalid(field, format!("{field} must be interactive or batch, found {shown:?}"))
+    })
 }
 
 /// Checks one message's text.

@@ -1,11 +1,15 @@
 //! The command line, environment and file of `headstart-router`.
 
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
+use headstart_service::channel::KeepAlive;
 use headstart_service::config::{CommonOptions, ConfigError, duration};
 
+use crate::admission::ApiKeys;
 use crate::options::{Encoding, OnDraftComplete, OnNoBase, OnNoDrafter, RouterOptions};
 
 /// The front door of a Headstart cluster: OpenAI-compatible HTTP, and gRPC
@@ -60,9 +64,27 @@ pub struct RouterConfig {
     /// When a draft ends by itself: the base continues, or the draft is the answer
     #[arg(long, env = "HEADSTART_ON_DRAFT_COMPLETE", value_enum, default_value_t = OnDraftComplete::Continue)]
     pub on_draft_complete: OnDraftComplete,
-    /// Answers in flight at once; more are refused with 429
+    /// Answers in flight at once, whatever the nodes could hold; more wait
     #[arg(long, env = "HEADSTART_IN_FLIGHT_MAX", value_name = "N", default_value_t = 1024)]
     pub in_flight_max: u32,
+    /// Requests that wait for a place; more are refused with 429
+    #[arg(long, env = "HEADSTART_QUEUE_REQUESTS_MAX", value_name = "N", default_value_t = 1024)]
+    pub queue_requests_max: u32,
+    /// Tokens of the requests that wait for a place; more are refused with 429
+    #[arg(long, env = "HEADSTART_QUEUE_TOKENS_MAX", value_name = "N", default_value_t = 2 << 20)]
+    pub queue_tokens_max: u64,
+    /// How long a request waits for a place at most; then it is refused with 429
+    #[arg(long, env = "HEADSTART_QUEUE_TIMEOUT", value_name = "TIME", default_value = "10s", value_parser = duration)]
+    pub queue_timeout: Duration,
+    /// Bytes of an answer that may wait for a slow reader; then the reader is cut off
+    #[arg(long, env = "HEADSTART_READER_BYTES_MAX", value_name = "N", default_value_t = 1 << 20)]
+    pub reader_bytes_max: usize,
+    /// How long a client may take no byte of what is there for it
+    #[arg(long, env = "HEADSTART_WRITE_TIMEOUT", value_name = "TIME", default_value = "1m", value_parser = duration)]
+    pub write_timeout: Duration,
+    /// A file of name=key lines: only these API keys are served, and share fairly by their names [default: everybody is served]
+    #[arg(long, env = "HEADSTART_API_KEYS", value_name = "FILE")]
+    pub api_keys: Option<PathBuf>,
     /// HTTP connections open at once; more wait to be accepted
     #[arg(long, env = "HEADSTART_CONNECTIONS_MAX", value_name = "N", default_value_t = 8192)]
     pub connections_max: u32,
@@ -72,6 +94,12 @@ pub struct RouterConfig {
     /// Until a connection to a node stands
     #[arg(long, env = "HEADSTART_CONNECT_TIMEOUT", value_name = "TIME", default_value = "3s", value_parser = duration)]
     pub connect_timeout: Duration,
+    /// A connection to a node is pinged after so long without traffic
+    #[arg(long, env = "HEADSTART_PING_INTERVAL", value_name = "TIME", default_value = "1s", value_parser = duration)]
+    pub ping_interval: Duration,
+    /// A connection to a node is dead after so long without an answer to a ping
+    #[arg(long, env = "HEADSTART_PING_TIMEOUT", value_name = "TIME", default_value = "2s", value_parser = duration)]
+    pub ping_timeout: Duration,
     /// Until a request's body, or a tokenizer from a node, has arrived
     #[arg(long, env = "HEADSTART_READ_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = duration)]
     pub read_timeout: Duration,
@@ -105,9 +133,16 @@ impl RouterConfig {
             on_no_base: self.on_no_base,
             on_draft_complete: self.on_draft_complete,
             in_flight_max: self.in_flight_max,
+            queue_requests_max: self.queue_requests_max,
+            queue_tokens_max: self.queue_tokens_max,
+            queue_timeout: self.queue_timeout,
+            reader_bytes_max: self.reader_bytes_max,
+            write_timeout: self.write_timeout,
+            api_keys: self.api_keys.as_deref().map(read_keys).transpose()?,
             connections_max: self.connections_max,
             body_bytes_max: self.body_bytes_max,
             connect_timeout: self.connect_timeout,
+            keep_alive: KeepAlive { interval: self.ping_interval, timeout: self.ping_timeout },
             read_timeout: self.read_timeout,
             first_frame_timeout: self.first_frame_timeout,
             frame_timeout: self.frame_timeout,
@@ -122,18 +157,37 @@ impl RouterConfig {
     }
 }
 
+/// Reads the file of API keys.
+fn read_keys(path: &Path) -> Result<Arc<ApiKeys>, ConfigError> {
+    let keys = match std::fs::read_to_string(path) {
+        Ok(text) => ApiKeys::parse(&text),
+        Err(error) => Err(error.to_string()),
+    };
+    keys.map(Arc::new).map_err(|message| ConfigError::Invalid {
+        field: "api-keys",
+        message: format!("{}: {message}", path.display()),
+    })
+}
+
 /// The flag that a message of [`RouterOptions::validate`] starts with.
 fn field_of(message: &str) -> &'static str {
-    const FIELDS: [(&str, &str); 13] = [
+    const FIELDS: [(&str, &str); 20] = [
         ("window", "window"),
         ("threshold", "threshold"),
         ("draft_tokens_max", "draft-tokens-max"),
         ("draft_temperature", "draft-temperature"),
         ("on_no_base", "on-no-base"),
         ("in_flight_max", "in-flight-max"),
+        ("queue_requests_max", "queue-requests-max"),
+        ("queue_tokens_max", "queue-tokens-max"),
+        ("queue_timeout", "queue-timeout"),
+        ("reader_bytes_max", "reader-bytes-max"),
+        ("write_timeout", "write-timeout"),
         ("connections_max", "connections-max"),
         ("body_bytes_max", "body-bytes-max"),
         ("connect_timeout", "connect-timeout"),
+        ("ping_interval", "ping-interval"),
+        ("ping_timeout", "ping-timeout"),
         ("read_timeout", "read-timeout"),
         ("first_frame_timeout", "first-frame-timeout"),
         ("frame_timeout", "frame-timeout"),
@@ -171,6 +225,9 @@ mod tests {
             ("--encoding", "--encoding=both"),
             ("--http", "--http=nowhere"),
             ("--frame-timeout", "--frame-timeout=-1"),
+            ("--queue-timeout", "--queue-timeout=0"),
+            ("--queue-tokens-max", "--queue-tokens-max=0"),
+            ("--api-keys", "--api-keys=/nowhere/keys"),
         ] {
             let message = parse(&[flag]).expect_err(flag).to_string();
             assert!(message.contains(field), "{flag}: {message}");

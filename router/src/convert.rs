@@ -50,6 +50,7 @@ impl TryFrom<v1::GenerateRequest> for Ask {
                 1,
                 DRAFT_TOKENS_MAX,
             )?,
+            class: None,
         })
     }
 }

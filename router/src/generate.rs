@@ -11,12 +11,13 @@ use futures::stream::FuturesUnordered;
 use headstart_cluster::{NodeRecord, View};
 use headstart_proto::{Epoch, Error, ErrorCode, RequestId, v1};
 use headstart_text::{ModelText, Tokenizer};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
+use crate::admission::{self, Admission, Caller, Callers, Permit};
 use crate::answer::Answer;
-use crate::ask::Ask;
+use crate::ask::{Ask, PRIORITY_HEADER, check_priority};
 use crate::attempt::{Attempt, AttemptPlan, DraftPlan, Patience};
 use crate::frames::{FinishReason, ServeEvent, Source};
 use crate::metrics::Metrics;
@@ -40,7 +41,8 @@ pub(crate) struct Core {
     nodes: Nodes,
     texts: Texts,
     view: watch::Receiver<Arc<View>>,
-    admission: Arc<Semaphore>,
+    admission: Arc<Admission>,
+    callers: Callers,
     /// No new requests are taken.
     pub(crate) draining: CancellationToken,
     /// Live requests are cut off.
@@ -104,33 +106,50 @@ impl Drop for Outcome {
     }
 }
 
-/// A request's place in the router; dropping it gives the place back.
-struct Admitted {
-    core: Arc<Core>,
-    choices: u32,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl Drop for Admitted {
-    fn drop(&mut self) {
-        self.core.metrics.in_flight(-f64::from(self.choices));
-    }
-}
-
 impl Core {
     /// A core that knows the nodes in `view`.
     pub(crate) fn new(options: RouterOptions, view: watch::Receiver<Arc<View>>) -> Arc<Self> {
-        Arc::new(Self {
-            metrics: Metrics::new(),
-            nodes: Nodes::new(options.connect_timeout),
+        let metrics = Metrics::new();
+        let core = Arc::new(Self {
+            admission: Admission::new(&options, metrics.clone()),
+            callers: Callers::new(options.api_keys.clone()),
+            metrics,
+            nodes: Nodes::new(options.connect_timeout, options.keep_alive),
             texts: Texts::new(options.texts_max, options.read_timeout),
             view,
-            admission: Arc::new(Semaphore::new(options.in_flight_max as usize)),
             draining: CancellationToken::new(),
             cut: CancellationToken::new(),
             tasks: TaskTracker::new(),
             options,
-        })
+        });
+        core.resize();
+        core
+    }
+
+    /// Who asks, by the headers of the request.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Unauthenticated`], and a priority that is none.
+    pub(crate) fn caller(
+        &self,
+        authorization: Option<&str>,
+        priority: Option<&str>,
+    ) -> Result<Caller, Error> {
+        let tenant = self.callers.tenant(authorization)?;
+        let class = priority.map(|name| check_priority(PRIORITY_HEADER, name)).transpose()?;
+        Ok(Caller { tenant, class })
+    }
+
+    /// Takes no new requests, and tells those that wait to go elsewhere.
+    pub(crate) fn drain(&self) {
+        self.draining.cancel();
+        self.admission.close();
+    }
+
+    /// Admits what the nodes can hold now.
+    fn resize(&self) {
+        let view = self.view();
+        self.admission.resize(&self.nodes.snapshot(&view), self.options.in_flight_max);
     }
 
     fn view(&self) -> Arc<View> {
@@ -161,6 +180,13 @@ impl Core {
         loop {
             let view = Arc::clone(&changes.borrow_and_update());
             self.nodes.retain(&view);
+            self.resize();
+            let follow_suspicions = async {
+                loop {
+                    self.nodes.changed().await;
+                    self.resize();
+                }
+            };
             let warm = async {
                 while !self.fetch_texts(&view).await {
                     tokio::time::sleep(TEXT_RETRY_INTERVAL).await;
@@ -171,6 +197,7 @@ impl Core {
                 () = self.cut.cancelled() => return,
                 changed = changes.changed() => if changed.is_err() { return },
                 () = warm => {}
+                () = follow_suspicions => {}
             }
         }
     }
@@ -189,13 +216,17 @@ impl Core {
     ///
     /// # Errors
     /// Everything that can be told before a node is asked for an answer.
-    pub(crate) async fn generate(self: &Arc<Self>, ask: Ask) -> Result<Generation, Error> {
+    pub(crate) async fn generate(
+        self: &Arc<Self>,
+        ask: Ask,
+        caller: Caller,
+    ) -> Result<Generation, Error> {
         let mut outcome = Outcome { core: Arc::clone(self), error: Some(ErrorCode::Cancelled) };
-        let started = Box::pin(self.prepare(ask)).await;
+        let started = Box::pin(self.prepare(ask, caller)).await;
         match started {
-            Ok((head, plan, admitted)) => {
-                let (outbox, inbox) = outbox();
-                let run = plan.run(admitted, outcome, outbox);
+            Ok((head, plan, permit)) => {
+                let (outbox, inbox) = outbox(self.options.reader_bytes_max);
+                let run = plan.run(permit, outcome, outbox);
                 let task = AbortOnDropHandle::new(self.tasks.spawn(run));
                 Ok(Generation { head, inbox, _task: task })
             }
@@ -206,18 +237,15 @@ impl Core {
         }
     }
 
-    async fn prepare(self: &Arc<Self>, ask: Ask) -> Result<(Head, Plan, Admitted), Error> {
+    async fn prepare(
+        self: &Arc<Self>,
+        ask: Ask,
+        caller: Caller,
+    ) -> Result<(Head, Plan, Permit), Error> {
         let arrived = Instant::now();
-        let admitted = self.admit(ask.choices)?;
+        let permit = self.admit(&ask, caller).await?;
         let view = self.view();
-        let wish = Wish {
-            model: &ask.model,
-            drafter: ask.drafter.as_deref(),
-            encoding: self.options.encoding,
-            on_no_drafter: self.options.on_no_drafter,
-        };
-        let snapshot = self.nodes.snapshot(&view);
-        let route = route::pick(&snapshot, &wish)?;
+        let route = route::pick(&self.nodes.snapshot(&view), &self.wish(&ask))?;
         let (base, drafter) = (route.base, route.drafter);
         let drafter_text = async {
             match drafter {
@@ -231,6 +259,11 @@ impl Core {
         let drafter_context = drafter.map(|(record, _)| record.context_length);
         let max_tokens =
             prompts.max_tokens(base.context_length, drafter_context, ask.max_tokens)?;
+        permit.correct(
+            prompts.base.ids.len(),
+            prompts.drafter.as_ref().map(|prompt| prompt.ids.len()),
+            max_tokens,
+        );
         let head = Head {
             request_id: RequestId::generate(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
@@ -255,20 +288,41 @@ impl Core {
             prompts,
             ask,
         };
-        Ok((head, plan, admitted))
+        Ok((head, plan, permit))
     }
 
-    fn admit(self: &Arc<Self>, choices: u32) -> Result<Admitted, Error> {
+    fn wish<'a>(&self, ask: &'a Ask) -> Wish<'a> {
+        Wish {
+            model: &ask.model,
+            drafter: ask.drafter.as_deref(),
+            encoding: self.options.encoding,
+            on_no_drafter: self.options.on_no_drafter,
+        }
+    }
+
+    /// Waits for a place. Names that nobody serves are told at once.
+    async fn admit(&self, ask: &Ask, caller: Caller) -> Result<Permit, Error> {
         if self.draining.is_cancelled() {
             return Err(Error::new(ErrorCode::Draining, "the router is shutting down"));
         }
-        let permit = Arc::clone(&self.admission).try_acquire_many_owned(choices).map_err(|_| {
-            self.metrics.refused();
-            let message = format!("{} answers are in flight already", self.options.in_flight_max);
-            Error::new(ErrorCode::Overloaded, message)
-        })?;
-        self.metrics.in_flight(f64::from(choices));
-        Ok(Admitted { core: Arc::clone(self), choices, _permit: permit })
+        let view = self.view();
+        let wish = self.wish(ask);
+        let (base, drafter, named) = {
+            let snapshot = self.nodes.snapshot(&view);
+            let route = route::pick(&snapshot, &wish)?;
+            (route.base, route.drafter, route::names_drafter(&snapshot, &wish))
+        };
+        let request = admission::Request {
+            class: ask.class.or(caller.class).unwrap_or_default(),
+            caller,
+            choices: ask.choices,
+            messages: &ask.messages,
+            max_tokens: ask.max_tokens,
+            draft_tokens_max: ask.draft_tokens_max.unwrap_or(self.options.draft_tokens_max),
+            base,
+            drafter: drafter.map(|(record, _)| named.then_some(record.model.as_str())),
+        };
+        self.admission.admit(&request).await
     }
 }
 
@@ -301,12 +355,12 @@ struct Plan {
 }
 
 impl Plan {
-    /// Runs every answer to its end. `admitted` and `outcome` live as long as this does.
-    async fn run(self, admitted: Admitted, mut outcome: Outcome, outbox: Outbox) {
+    /// Runs every answer to its end. `permit` and `outcome` live as long as this does.
+    async fn run(self, permit: Permit, mut outcome: Outcome, outbox: Outbox) {
         let limit = self.core.options.request_timeout;
         let all = async {
             let mut answers: FuturesUnordered<_> =
-                (0..self.ask.choices).map(|choice| self.answer(choice, &outbox)).collect();
+                (0..self.ask.choices).map(|choice| self.answer(choice, &permit, &outbox)).collect();
             while let Some(result) = answers.next().await {
                 result?;
             }
@@ -317,12 +371,17 @@ impl Plan {
                 let message = format!("the request took more than {limit:?}");
                 Err(Error::new(ErrorCode::DeadlineExceeded, message))
             }),
+            () = outbox.overflowed() => {
+                let bytes = self.core.options.reader_bytes_max;
+                let message = format!("more than {bytes} bytes of the answer waited to be read");
+                Err(Error::new(ErrorCode::SlowReader, message))
+            }
             () = self.core.cut.cancelled() => {
                 Err(Error::new(ErrorCode::Draining, "the router is shutting down"))
             }
         };
         // The place is free before the client hears that the request is over.
-        drop(admitted);
+        drop(permit);
         outcome.error = result.as_ref().err().map(|error| error.code);
         drop(outcome);
         if let Err(error) = result {
@@ -332,7 +391,7 @@ impl Plan {
     }
 
     /// Runs one answer to its end.
-    async fn answer(&self, choice: u32, outbox: &Outbox) -> Result<(), Error> {
+    async fn answer(&self, choice: u32, permit: &Permit, outbox: &Outbox) -> Result<(), Error> {
         let metrics = &self.core.metrics;
         let mut attempt = Attempt::open(self.attempt(choice, Epoch::FIRST)?);
         let tokenizer = &self.head.tokenizer;
@@ -358,6 +417,7 @@ impl Plan {
                     }
                 }
                 ServeEvent::Switched(decision) => {
+                    permit.draft_decided();
                     metrics.switched(decision.by_threshold, decision.kept_tokens);
                 }
                 ServeEvent::Finished(reason) => break reason,
@@ -373,6 +433,7 @@ impl Plan {
             outbox.push(Event::Text { choice, piece });
         }
         let completion_tokens = answer.tokens();
+        permit.answered(completion_tokens);
         outbox.push(Event::Finished { choice, reason, completion_tokens, summary });
         Ok(())
     }

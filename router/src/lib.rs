@@ -7,6 +7,7 @@
 //! through a gate (`frames`), turns tokens into text (`answer`) and puts that into the client's box
 //! (`outbox`). The router holds no model weights and never links the engine.
 
+mod admission;
 mod answer;
 mod ask;
 mod attempt;
@@ -24,8 +25,10 @@ mod prompts;
 mod route;
 mod server;
 mod service;
+mod suspicion;
 mod texts;
 
+pub use admission::ApiKeys;
 pub use config::RouterConfig;
 pub use options::{Encoding, OnDraftComplete, OnNoBase, OnNoDrafter, RouterOptions};
 pub use server::{RunningRouter, start};

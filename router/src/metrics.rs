@@ -8,6 +8,7 @@ use metrics::{
     gauge, histogram,
 };
 
+use crate::admission::{Class, Reason};
 use crate::frames::Source;
 
 /// Requests that ended, by `outcome`: `ok`, or an error code.
@@ -24,7 +25,14 @@ const SWITCH_INDEX: &str = "headstart_router_switch_index";
 const SWITCHES: &str = "headstart_router_switches_total";
 /// Answers in flight.
 const IN_FLIGHT: &str = "headstart_router_in_flight";
-/// Requests that were refused because too many answers were in flight.
+/// Requests that wait to be admitted, by `class`.
+const QUEUE_DEPTH: &str = "headstart_router_queue_requests";
+/// Their tokens, by `class`.
+const QUEUE_TOKENS: &str = "headstart_router_queue_tokens";
+/// From a request's arrival until it was admitted, by `class`.
+const QUEUE_WAIT: &str = "headstart_router_queue_wait_seconds";
+/// Requests that were refused for overload, by `class` and `reason`: `full`, `late`, `never`,
+/// `expired`.
 const REFUSED: &str = "headstart_router_refused_total";
 
 /// Handles to every metric, resolved once.
@@ -38,7 +46,26 @@ pub(crate) struct Metrics {
     by_threshold: Counter,
     by_draft_end: Counter,
     in_flight: Gauge,
-    refused: Counter,
+    queues: [QueueMetrics; 2],
+}
+
+/// Handles of one class.
+#[derive(Clone, Debug)]
+struct QueueMetrics {
+    requests: Gauge,
+    tokens: Gauge,
+    wait: Histogram,
+}
+
+impl QueueMetrics {
+    fn new(class: Class) -> Self {
+        let class = class.as_str();
+        Self {
+            requests: gauge!(QUEUE_DEPTH, "class" => class),
+            tokens: gauge!(QUEUE_TOKENS, "class" => class),
+            wait: histogram!(QUEUE_WAIT, "class" => class),
+        }
+    }
 }
 
 impl Metrics {
@@ -51,7 +78,10 @@ impl Metrics {
         describe_histogram!(SWITCH_INDEX, "Index of the last draft token that was kept");
         describe_counter!(SWITCHES, "Drafts that were decided, by what decided them");
         describe_gauge!(IN_FLIGHT, "Answers in flight");
-        describe_counter!(REFUSED, "Requests refused because too many answers were in flight");
+        describe_gauge!(QUEUE_DEPTH, "Requests that wait to be admitted, by class");
+        describe_gauge!(QUEUE_TOKENS, "Tokens of the requests that wait, by class");
+        describe_histogram!(QUEUE_WAIT, "Seconds from a request's arrival until it was admitted");
+        describe_counter!(REFUSED, "Requests refused for overload, by class and reason");
         Self {
             ttft: histogram!(TTFT),
             itl: histogram!(ITL),
@@ -61,7 +91,7 @@ impl Metrics {
             by_threshold: counter!(SWITCHES, "by" => "threshold"),
             by_draft_end: counter!(SWITCHES, "by" => "draft_end"),
             in_flight: gauge!(IN_FLIGHT),
-            refused: counter!(REFUSED),
+            queues: Class::ALL.map(QueueMetrics::new),
         }
     }
 
@@ -70,9 +100,23 @@ impl Metrics {
         counter!(REQUESTS, "outcome" => error.map_or("ok", ErrorCode::code)).increment(1);
     }
 
-    /// A request was refused for too many answers in flight.
-    pub(crate) fn refused(&self) {
-        self.refused.increment(1);
+    /// A request was refused for overload.
+    pub(crate) fn refused(&self, class: Class, reason: Reason) {
+        let (class, reason) = (class.as_str(), reason.as_str());
+        counter!(REFUSED, "class" => class, "reason" => reason).increment(1);
+    }
+
+    /// What waits in `class` now.
+    #[allow(clippy::cast_precision_loss)] // gauges are floats
+    pub(crate) fn queue(&self, class: Class, requests: usize, tokens: u64) {
+        let queue = &self.queues[class as usize];
+        queue.requests.set(requests as f64);
+        queue.tokens.set(tokens as f64);
+    }
+
+    /// A request was admitted after so long.
+    pub(crate) fn waited(&self, class: Class, wait: Duration) {
+        self.queues[class as usize].wait.record(wait);
     }
 
     /// Answers started (above 0) or ended (below).

@@ -1,35 +1,114 @@
-//! The nodes this router knows: a channel to each, what runs on it, whether it was reachable.
+//! The nodes this router knows: a channel to each, what runs on it, whether it is believed to be well.
+//! A node that is not is probed in the background until it answers.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use headstart_cluster::{NodeRecord, Tier, View};
-use headstart_proto::{Error, NodeId};
-use headstart_service::channel;
+use headstart_proto::v1::InfoRequest;
+use headstart_proto::v1::node_client::NodeClient;
+use headstart_proto::{Error, ErrorCode, NodeId};
+use headstart_service::channel::{self, KeepAlive};
+use tokio::sync::Notify;
 use tonic::transport::Channel;
 
 use crate::route::{Candidate, Snapshot};
+use crate::suspicion::Health;
 
-/// How long a node that could not be reached is asked last.
-const FAILING_PERIOD: Duration = Duration::from_secs(2);
+/// How long a suspected node may take to answer a probe.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// One start of one node.
 #[derive(Debug)]
 struct Node {
+    id: NodeId,
     address: String,
     incarnation: u64,
     channel: Channel,
     in_flight: AtomicU32,
-    failed_at: Mutex<Option<Instant>>,
+    belief: Mutex<Belief>,
+    /// Told when a suspicion begins or ends.
+    changed: Arc<Notify>,
+}
+
+#[derive(Debug, Default)]
+struct Belief {
+    health: Health,
+    /// A task probes the node.
+    probing: bool,
 }
 
 impl Node {
-    fn failing(&self) -> bool {
-        let failed_at = *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner);
-        failed_at.is_some_and(|at| at.elapsed() < FAILING_PERIOD)
+    fn belief(&self) -> MutexGuard<'_, Belief> {
+        self.belief.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// A call ended: well, or with this code.
+    fn told(self: &Arc<Self>, outcome: Option<ErrorCode>) {
+        let mut belief = self.belief();
+        let (now, health) = (Instant::now(), &mut belief.health);
+        let changed = match outcome {
+            None => health.answered(),
+            Some(ErrorCode::Unavailable) => health.broke(now, jitter_permille()),
+            Some(ErrorCode::Internal | ErrorCode::Protocol | ErrorCode::DeadlineExceeded) => {
+                health.failed(now, jitter_permille())
+            }
+            // The rest says nothing bad about the node.
+            Some(_) => false,
+        };
+        if changed {
+            let suspected = health.suspected_since().is_some();
+            if suspected && !std::mem::replace(&mut belief.probing, true) {
+                tokio::spawn(probe(Arc::downgrade(self)));
+            }
+            drop(belief);
+            self.log(suspected);
+        }
+    }
+
+    fn log(&self, suspected: bool) {
+        match suspected {
+            true => tracing::warn!(node_id = %self.id, "node is suspected: left out and probed"),
+            false => tracing::info!(node_id = %self.id, "node answers again"),
+        }
+        self.changed.notify_one();
+    }
+
+    /// When to probe next; `None` ends the probing.
+    fn next_probe(&self) -> Option<Instant> {
+        let mut belief = self.belief();
+        let at = belief.health.probe_at();
+        belief.probing = at.is_some();
+        at
+    }
+}
+
+/// Probes a suspected node until it is well or forgotten.
+async fn probe(node: Weak<Node>) {
+    loop {
+        let Some((at, channel)) =
+            node.upgrade().and_then(|node| Some((node.next_probe()?, node.channel.clone())))
+        else {
+            return;
+        };
+        tokio::time::sleep_until(at.into()).await;
+        let call = async move { NodeClient::new(channel).info(InfoRequest {}).await };
+        let answer = tokio::time::timeout(PROBE_TIMEOUT, call).await;
+        let Some(node) = node.upgrade() else { return };
+        // Another process may have got the address.
+        let well = matches!(answer, Ok(Ok(info)) if info.get_ref().node_id == node.id.as_str());
+        if node.belief().health.probed(well, Instant::now(), jitter_permille()) {
+            node.log(false);
+        }
+    }
+}
+
+/// 0 to 999, another each time.
+fn jitter_permille() -> u32 {
+    let (_, random) = uuid::Uuid::now_v7().as_u64_pair();
+    u32::try_from(random % 1000).unwrap_or(0)
 }
 
 /// One answer's place on a node; dropping it gives the place back.
@@ -44,10 +123,10 @@ impl Place {
         self.node.channel.clone()
     }
 
-    /// The node could not be reached: it is asked last for a while.
-    pub(crate) fn mark_failing(&self) {
-        let mut failed_at = self.node.failed_at.lock().unwrap_or_else(PoisonError::into_inner);
-        *failed_at = Some(Instant::now());
+    /// What became of a call to the node: `None` is success. A broken connection takes the node out
+    /// of choice at once, as many failures in a row do.
+    pub(crate) fn told(&self, outcome: Option<ErrorCode>) {
+        self.node.told(outcome);
     }
 }
 
@@ -61,13 +140,21 @@ impl Drop for Place {
 #[derive(Debug)]
 pub(crate) struct Nodes {
     connect_timeout: Duration,
+    keep_alive: KeepAlive,
+    changed: Arc<Notify>,
     known: Mutex<HashMap<NodeId, Arc<Node>>>,
 }
 
 impl Nodes {
-    /// No nodes yet; a connection to one must stand within `connect_timeout`.
-    pub(crate) fn new(connect_timeout: Duration) -> Self {
-        Self { connect_timeout, known: Mutex::default() }
+    /// No nodes yet; a connection to one must stand within `connect_timeout`, and is given up as
+    /// `keep_alive` says.
+    pub(crate) fn new(connect_timeout: Duration, keep_alive: KeepAlive) -> Self {
+        Self { connect_timeout, keep_alive, changed: Arc::default(), known: Mutex::default() }
+    }
+
+    /// Waits until a suspicion has begun or ended.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, Arc<Node>>> {
@@ -85,13 +172,15 @@ impl Nodes {
 
     /// What routing looks at.
     pub(crate) fn snapshot<'a>(&self, view: &'a View) -> Snapshot<'a> {
-        let known = self.lock();
+        let (known, now) = (self.lock(), Instant::now());
         let candidates = |tier| {
             view.tier(tier)
                 .map(|record| {
                     let node = known.get(&record.node_id);
                     let in_flight = node.map_or(0, |node| node.in_flight.load(Ordering::Relaxed));
-                    Candidate { record, in_flight, failing: node.is_some_and(|n| n.failing()) }
+                    let since = node.and_then(|node| node.belief().health.suspected_since());
+                    let suspected_for = since.map(|since| now.saturating_duration_since(since));
+                    Candidate { record, in_flight, suspected_for }
                 })
                 .collect()
         };
@@ -125,13 +214,95 @@ impl Nodes {
             return Ok(Arc::clone(node));
         }
         let node = Arc::new(Node {
+            id: record.node_id.clone(),
             address: record.address.clone(),
             incarnation: record.incarnation,
-            channel: channel::lazy(&record.address, self.connect_timeout)?,
+            channel: channel::lazy(&record.address, self.connect_timeout, self.keep_alive)?,
             in_flight: AtomicU32::new(0),
-            failed_at: Mutex::new(None),
+            belief: Mutex::default(),
+            changed: Arc::clone(&self.changed),
         });
         known.insert(record.node_id.clone(), Arc::clone(&node));
         Ok(node)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use headstart_proto::v1::node_server::NodeServer;
+    use headstart_service::node_service::{NodeService, NodeStatus};
+    use headstart_service::server::{GrpcServer, RunningServer};
+    use headstart_text::ModelText;
+    use tokio::net::TcpListener;
+    use tokio_util::sync::CancellationToken;
+
+    fn record(address: &str) -> NodeRecord {
+        NodeRecord {
+            node_id: NodeId::new("b1").unwrap(),
+            tier: Tier::Base,
+            address: address.into(),
+            model: "big".into(),
+            tokenizer_fingerprint: "t".into(),
+            text_fingerprint: "t".into(),
+            context_length: 512,
+            slots: 4,
+            kv_tokens: 0,
+            draining: false,
+            incarnation: 1,
+        }
+    }
+
+    async fn serve(record: &NodeRecord) -> RunningServer {
+        let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/stories260k");
+        let text = ModelText::load(fixture.as_ref()).unwrap();
+        let stop = CancellationToken::new();
+        let node = NodeService::new(record, &text, "f32", NodeStatus::default, stop);
+        let listener = TcpListener::bind(&record.address).await.unwrap();
+        GrpcServer::new().unwrap().add(NodeServer::new(node)).start(listener).await
+    }
+
+    fn is_suspected(nodes: &Nodes, record: &NodeRecord) -> bool {
+        let view = View { nodes: [(record.node_id.clone(), record.clone())].into() };
+        nodes.snapshot(&view).bases[0].suspected_for.is_some()
+    }
+
+    #[tokio::test]
+    async fn a_suspected_node_is_probed_until_it_answers_under_its_own_name() {
+        let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let record = record(&free.to_string());
+        let nodes = Nodes::new(Duration::from_secs(1), KeepAlive::CLUSTER);
+        let place = nodes.place(&record).unwrap();
+        place.told(Some(ErrorCode::Overloaded));
+        assert!(!is_suspected(&nodes, &record), "to be full is no fault");
+        place.told(Some(ErrorCode::Unavailable));
+        assert!(is_suspected(&nodes, &record));
+        nodes.changed().await;
+        // Another process that got the address is not the node.
+        let stranger = NodeRecord { node_id: NodeId::new("other").unwrap(), ..record.clone() };
+        let other = serve(&stranger).await;
+        let unchanged = tokio::time::timeout(Duration::from_millis(600), nodes.changed()).await;
+        assert!(unchanged.is_err() && is_suspected(&nodes, &record));
+        other.stop().await;
+        let _server = serve(&record).await;
+        tokio::time::timeout(Duration::from_secs(60), nodes.changed())
+            .await
+            .expect("it comes back");
+        assert!(!is_suspected(&nodes, &record));
+        // And the second suspicion finds a prober again.
+        place.told(Some(ErrorCode::Unavailable));
+        nodes.changed().await;
+        assert!(is_suspected(&nodes, &record));
+        tokio::time::timeout(Duration::from_secs(60), nodes.changed()).await.expect("and again");
+    }
+
+    #[tokio::test]
+    async fn a_call_that_goes_well_ends_a_suspicion() {
+        let record = record("127.0.0.1:9");
+        let nodes = Nodes::new(Duration::from_secs(1), KeepAlive::CLUSTER);
+        let place = nodes.place(&record).unwrap();
+        place.told(Some(ErrorCode::Unavailable));
+        place.told(None);
+        assert!(!is_suspected(&nodes, &record));
     }
 }

@@ -1,11 +1,14 @@
 //! What an operator may set about the router.
 
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use headstart_proto::v1;
+use headstart_service::channel::KeepAlive;
 use serde::Deserialize;
 
+use crate::admission::ApiKeys;
 use crate::ask::{ABOVE_ZERO_TO_ONE, DRAFT_TOKENS_MAX, TEMPERATURE, WINDOW_MAX};
 
 /// How drafts travel from drafters to bases.
@@ -98,8 +101,21 @@ pub struct RouterOptions {
     pub on_no_base: OnNoBase,
     /// When a draft ends by itself.
     pub on_draft_complete: OnDraftComplete,
-    /// Answers in flight at once; more are refused with 429. A request with `n` counts `n` times.
+    /// Answers in flight at once, whatever the nodes could hold; more wait. A request with `n` counts
+    /// `n` times.
     pub in_flight_max: u32,
+    /// Requests that wait for a place; more are refused with 429.
+    pub queue_requests_max: u32,
+    /// Tokens of the requests that wait, prompts and answers; more are refused with 429.
+    pub queue_tokens_max: u64,
+    /// How long a request waits for a place at most.
+    pub queue_timeout: Duration,
+    /// Bytes of an answer that may wait for its reader; a slower one is cut off.
+    pub reader_bytes_max: usize,
+    /// How long a client's connection may take no byte of what is there for it.
+    pub write_timeout: Duration,
+    /// Who may ask, and whose share a request uses; `None`: everybody may.
+    pub api_keys: Option<Arc<ApiKeys>>,
     /// HTTP connections open at once; more wait in the listener's backlog.
     pub connections_max: u32,
     /// Longest request body, in bytes.
@@ -108,6 +124,8 @@ pub struct RouterOptions {
     pub texts_max: usize,
     /// Until a connection to a node stands.
     pub connect_timeout: Duration,
+    /// How soon a node that is paused or cut off is found.
+    pub keep_alive: KeepAlive,
     /// Until a request's body has been read, or a tokenizer has been fetched.
     pub read_timeout: Duration,
     /// From the start of an answer to its first frame.
@@ -132,10 +150,17 @@ impl Default for RouterOptions {
             on_no_base: OnNoBase::Reject,
             on_draft_complete: OnDraftComplete::Continue,
             in_flight_max: 1024,
+            queue_requests_max: 1024,
+            queue_tokens_max: 2 << 20,
+            queue_timeout: Duration::from_secs(10),
+            reader_bytes_max: 1 << 20,
+            write_timeout: Duration::from_secs(60),
+            api_keys: None,
             connections_max: 8192,
             body_bytes_max: 4 << 20,
             texts_max: 32,
             connect_timeout: Duration::from_secs(3),
+            keep_alive: KeepAlive::CLUSTER,
             read_timeout: Duration::from_secs(30),
             first_frame_timeout: Duration::from_secs(120),
             frame_timeout: Duration::from_secs(120),
@@ -158,14 +183,21 @@ impl RouterOptions {
         integer("window", self.window.into(), 1, WINDOW_MAX.into())?;
         integer("draft_tokens_max", self.draft_tokens_max.into(), 1, DRAFT_TOKENS_MAX.into())?;
         integer("in_flight_max", self.in_flight_max.into(), 1, 1 << 20)?;
+        integer("queue_requests_max", self.queue_requests_max.into(), 0, 1 << 20)?;
+        integer("queue_tokens_max", self.queue_tokens_max, 1, 1 << 40)?;
+        integer("reader_bytes_max", self.reader_bytes_max as u64, 4096, 1 << 30)?;
         integer("connections_max", self.connections_max.into(), 1, 1 << 20)?;
         integer("body_bytes_max", self.body_bytes_max as u64, 1024, 1 << 30)?;
         integer("texts_max", self.texts_max as u64, 2, 4096)?;
         let timeouts = [
             ("connect_timeout", self.connect_timeout),
+            ("ping_interval", self.keep_alive.interval),
+            ("ping_timeout", self.keep_alive.timeout),
             ("read_timeout", self.read_timeout),
             ("first_frame_timeout", self.first_frame_timeout),
             ("frame_timeout", self.frame_timeout),
+            ("queue_timeout", self.queue_timeout),
+            ("write_timeout", self.write_timeout),
             ("request_timeout", self.request_timeout),
         ];
         for (field, timeout) in timeouts {
@@ -207,6 +239,9 @@ mod tests {
             ("draft_tokens_max", RouterOptions { draft_tokens_max: 0, ..default() }),
             ("in_flight_max", RouterOptions { in_flight_max: 0, ..default() }),
             ("body_bytes_max", RouterOptions { body_bytes_max: 0, ..default() }),
+            ("queue_timeout", RouterOptions { queue_timeout: Duration::ZERO, ..default() }),
+            ("queue_tokens_max", RouterOptions { queue_tokens_max: 0, ..default() }),
+            ("reader_bytes_max", RouterOptions { reader_bytes_max: 1, ..default() }),
             ("frame_timeout", RouterOptions { frame_timeout: Duration::ZERO, ..default() }),
             ("on_no_base", RouterOptions { on_no_base: OnNoBase::DrafterOnly, ..default() }),
         ];

@@ -1,6 +1,6 @@
 //! Between the task that owns a request and the client's writer. The task never waits for a slow
-//! client; what waits is merged, so the box holds at most a few entries a choice and never more text
-//! than the answers have.
+//! client; what waits is merged, so the box holds at most a few entries a choice, and bounded in
+//! bytes: when more would wait, the answer is over and everything that waits is dropped.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 
 use futures::task::AtomicWaker;
 use headstart_proto::Error;
+use tokio::sync::Notify;
 
 use crate::answer::Piece;
 use crate::frames::FinishReason;
@@ -62,13 +63,18 @@ pub(crate) enum Event {
 #[derive(Debug, Default)]
 struct State {
     waiting: VecDeque<Event>,
+    /// Bytes of what waits.
+    bytes: usize,
+    overflowed: bool,
     closed: bool,
 }
 
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
+    bytes_max: usize,
     waker: AtomicWaker,
+    overflow: Notify,
 }
 
 impl Shared {
@@ -85,22 +91,52 @@ pub(crate) struct Outbox(Arc<Shared>);
 #[derive(Debug)]
 pub(crate) struct Inbox(Arc<Shared>);
 
-/// A new box.
-pub(crate) fn outbox() -> (Outbox, Inbox) {
-    let shared = Arc::new(Shared::default());
+/// A new box, in which at most `bytes_max` wait for the reader.
+pub(crate) fn outbox(bytes_max: usize) -> (Outbox, Inbox) {
+    let shared = Arc::new(Shared { bytes_max, ..Shared::default() });
     (Outbox(Arc::clone(&shared)), Inbox(shared))
 }
 
 impl Outbox {
-    /// Adds an event; text that waits for the same answer from the same source takes it in.
+    /// Adds an event; text that waits for the same answer from the same source takes it in. In a
+    /// box that overflowed, only [`Event::Failed`] finds place.
     pub(crate) fn push(&self, event: Event) {
         let mut state = self.0.lock();
+        if state.overflowed && !matches!(event, Event::Failed(_)) {
+            return;
+        }
+        state.bytes = state.bytes.saturating_add(bytes(&event));
+        if state.bytes > self.0.bytes_max && !matches!(event, Event::Failed(_)) {
+            state.overflowed = true;
+            state.waiting = VecDeque::new();
+            drop(state);
+            self.0.overflow.notify_one();
+            return;
+        }
         if let Some(rest) = merge(&mut state.waiting, event) {
             state.waiting.push_back(rest);
         }
         drop(state);
         self.0.waker.wake();
     }
+
+    /// Waits until more would wait than may. The reader is then to be told with [`Event::Failed`].
+    pub(crate) async fn overflowed(&self) {
+        while !self.0.lock().overflowed {
+            self.0.overflow.notified().await;
+        }
+    }
+}
+
+/// About the memory an event takes.
+fn bytes(event: &Event) -> usize {
+    let Event::Text { piece, .. } = event else { return 0 };
+    let logprobs: usize = piece
+        .logprobs
+        .iter()
+        .map(|logprob| size_of_val(logprob) + size_of_val(&logprob.top[..]))
+        .sum();
+    piece.text.len() + size_of_val(&piece.ids[..]) + logprobs
 }
 
 impl Drop for Outbox {
@@ -121,6 +157,7 @@ impl Inbox {
         self.0.waker.register(cx.waker());
         let mut state = self.0.lock();
         if !state.waiting.is_empty() {
+            state.bytes = 0;
             return Poll::Ready(Some(std::mem::take(&mut state.waiting)));
         }
         if state.closed { Poll::Ready(None) } else { Poll::Pending }
@@ -164,7 +201,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_waits_is_merged_by_choice_and_source() {
-        let (outbox, mut inbox) = outbox();
+        let (outbox, mut inbox) = outbox(1 << 20);
         outbox.push(text(0, Source::Drafter, 0, "a"));
         outbox.push(text(1, Source::Drafter, 0, "x"));
         outbox.push(text(0, Source::Drafter, 1, "b"));
@@ -188,6 +225,27 @@ mod tests {
         outbox.push(text(0, Source::Base, 4, "e"));
         drop(outbox);
         assert_eq!(inbox.recv().await.unwrap().len(), 1);
+        assert!(inbox.recv().await.is_none());
+    }
+    #[tokio::test]
+    async fn a_reader_that_falls_too_far_behind_hears_of_it_and_nothing_else() {
+        use headstart_proto::ErrorCode;
+        let (outbox, mut inbox) = outbox(100);
+        for index in 0..10 {
+            outbox.push(text(0, Source::Base, index, "0123456789"));
+            assert_eq!(inbox.recv().await.unwrap().len(), 1, "a reader that keeps up has no limit");
+        }
+        for index in 10..17 {
+            outbox.push(text(0, Source::Base, index, "0123456789"));
+        }
+        assert!(futures::FutureExt::now_or_never(outbox.overflowed()).is_none(), "7 × 14 bytes");
+        outbox.push(text(0, Source::Base, 17, "0123456789"));
+        outbox.overflowed().await;
+        outbox.push(text(0, Source::Base, 18, "more"));
+        let failed = Event::Failed(Error::new(ErrorCode::SlowReader, "too slow"));
+        outbox.push(failed.clone());
+        drop(outbox);
+        assert_eq!(inbox.recv().await.unwrap(), [failed]);
         assert!(inbox.recv().await.is_none());
     }
 }

@@ -1,6 +1,9 @@
 //! Which base and which drafter serve a request: a total order over a snapshot. Nothing here has
 //! side effects, knows a clock or opens a connection.
 
+use std::cmp::Reverse;
+use std::time::Duration;
+
 use headstart_cluster::NodeRecord;
 use headstart_proto::{Error, ErrorCode, NodeId, v1};
 
@@ -13,8 +16,8 @@ pub(crate) struct Candidate<'a> {
     pub(crate) record: &'a NodeRecord,
     /// Answers this router runs on it now.
     pub(crate) in_flight: u32,
-    /// It could not be reached a moment ago.
-    pub(crate) failing: bool,
+    /// How long it has been suspected to be gone; `None` while it is believed to be well.
+    pub(crate) suspected_for: Option<Duration>,
 }
 
 /// Every node that might serve, draining ones included.
@@ -30,7 +33,9 @@ pub(crate) struct Snapshot<'a> {
 /// their importance; the id decides between equals, so that the order is total.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Score {
-    failing: bool,
+    suspected: bool,
+    /// Among suspected nodes, the one that had the longest time to come back.
+    suspected_for: Reverse<Duration>,
     load_permille: u64,
     in_flight: u32,
     node_id: NodeId,
@@ -40,7 +45,8 @@ impl Candidate<'_> {
     fn score(&self) -> Score {
         let slots = u64::from(self.record.slots.max(1));
         Score {
-            failing: self.failing,
+            suspected: self.suspected_for.is_some(),
+            suspected_for: Reverse(self.suspected_for.unwrap_or_default()),
             load_permille: u64::from(self.in_flight) * 1000 / slots,
             in_flight: self.in_flight,
             node_id: self.record.node_id.clone(),
@@ -95,6 +101,12 @@ pub(crate) fn pick<'a>(snapshot: &Snapshot<'a>, wish: &Wish<'_>) -> Result<Route
         .record;
     let drafter = pick_drafter(snapshot, wanted, base, wish)?;
     Ok(Route { base, drafter })
+}
+
+/// Whether the client chose the drafter. Only for a wish that [`pick`] grants.
+pub(crate) fn names_drafter(snapshot: &Snapshot<'_>, wish: &Wish<'_>) -> bool {
+    wish.drafter.is_some()
+        || split_model(snapshot, wish.model).is_ok_and(|(_, suffix)| suffix.is_some())
 }
 
 fn pick_drafter<'a>(

@@ -1,8 +1,8 @@
 use super::*;
 use headstart_cluster::Tier;
 
-/// A node of the table: its record, answers in flight, whether it fails.
-type Node = (NodeRecord, u32, bool);
+/// A node of the table: its record, answers in flight, how long it has been suspected.
+type Node = (NodeRecord, u32, Option<Duration>);
 
 fn node(words: &[&str]) -> Node {
     let record = NodeRecord {
@@ -14,16 +14,21 @@ fn node(words: &[&str]) -> Node {
         text_fingerprint: words[3].into(),
         context_length: 512,
         slots: words[4].parse().unwrap(),
+        kv_tokens: 0,
         draining: words.contains(&"draining"),
         incarnation: 1,
     };
-    (record, words[5].parse().unwrap(), words.contains(&"failing"))
+    let suspected_for = words
+        .iter()
+        .find_map(|word| word.strip_prefix("suspected="))
+        .map(|ms| Duration::from_millis(ms.parse().unwrap()));
+    (record, words[5].parse().unwrap(), suspected_for)
 }
 
 fn snapshot(nodes: &[Node]) -> Snapshot<'_> {
     let mut snapshot = Snapshot::default();
-    for (record, in_flight, failing) in nodes {
-        let candidate = Candidate { record, in_flight: *in_flight, failing: *failing };
+    for (record, in_flight, suspected_for) in nodes {
+        let candidate = Candidate { record, in_flight: *in_flight, suspected_for: *suspected_for };
         match record.tier {
             Tier::Base => snapshot.bases.push(candidate),
             Tier::Drafter => snapshot.drafters.push(candidate),

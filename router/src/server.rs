@@ -13,6 +13,7 @@ use headstart_service::server::{GrpcServer, MESSAGE_BYTES_MAX, RunningServer, Se
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -61,7 +62,7 @@ impl RunningRouter {
 
 impl Drop for RunningRouter {
     fn drop(&mut self) {
-        self.core.draining.cancel();
+        self.core.drain();
         self.core.cut.cancel();
     }
 }
@@ -101,7 +102,9 @@ async fn run(
 ) -> Result<(), ServeError> {
     let _follower = AbortOnDropHandle::new(tokio::spawn(Arc::clone(&core).follow_view()));
     let stop_accepting = CancellationToken::new();
-    let listener = BoundedListener::new(http, core.options.connections_max as usize);
+    let options = &core.options;
+    let listener =
+        BoundedListener::new(http, options.connections_max as usize, options.write_timeout);
     let stopped = stop_accepting.clone();
     let serving = axum::serve(listener, http::router(Arc::clone(&core)))
         .with_graceful_shutdown(async move { stopped.cancelled().await });
@@ -111,7 +114,7 @@ async fn run(
         error = grpc.failed() => Some(error),
         ended = &mut serving => Some(ServeError::Failed { cause: format!("HTTP: {ended:?}") }),
     };
-    core.draining.cancel();
+    core.drain();
     if let Some(error) = failure {
         core.cut.cancel();
         return Err(error);
@@ -135,11 +138,12 @@ async fn run(
 struct BoundedListener {
     listener: TcpListener,
     places: Arc<Semaphore>,
+    write_timeout: Duration,
 }
 
 impl BoundedListener {
-    fn new(listener: TcpListener, connections_max: usize) -> Self {
-        Self { listener, places: Arc::new(Semaphore::new(connections_max)) }
+    fn new(listener: TcpListener, connections_max: usize, write_timeout: Duration) -> Self {
+        Self { listener, places: Arc::new(Semaphore::new(connections_max)), write_timeout }
     }
 }
 
@@ -152,7 +156,8 @@ impl Listener for BoundedListener {
         // The listener's own `accept` retries after errors such as too many open files.
         let (stream, address) = Listener::accept(&mut self.listener).await;
         let _ = stream.set_nodelay(true);
-        (Connection { stream, _place: place }, address)
+        let (write_timeout, stalled) = (self.write_timeout, None);
+        (Connection { stream, write_timeout, stalled, _place: place }, address)
     }
 
     fn local_addr(&self) -> std::io::Result<SocketAddr> {
@@ -160,10 +165,30 @@ impl Listener for BoundedListener {
     }
 }
 
-/// A connection that holds its place.
+/// A connection that holds its place. It breaks when its client takes nothing for too long.
 struct Connection {
     stream: TcpStream,
+    write_timeout: Duration,
+    /// When a write that waits is given up.
+    stalled: Option<Pin<Box<Sleep>>>,
     _place: Option<OwnedSemaphorePermit>,
+}
+
+impl Connection {
+    /// Watches the time of a write that has to wait.
+    fn watch<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        written: Poll<std::io::Result<T>>,
+    ) -> Poll<std::io::Result<T>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let timeout = self.write_timeout;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
+        stalled.as_mut().poll(cx).map(|()| Err(std::io::ErrorKind::TimedOut.into()))
+    }
 }
 
 impl AsyncRead for Connection {
@@ -182,7 +207,8 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.watch(cx, written)
     }
 
     fn poll_write_vectored(
@@ -190,7 +216,8 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         buffers: &[std::io::IoSlice<'_>],
     ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, buffers);
+        self.watch(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -4,10 +4,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use futures::stream::{self, BoxStream, StreamExt};
-use headstart_proto::v1;
 use headstart_proto::v1::router_server::Router;
+use headstart_proto::{Error, v1};
+use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
+use crate::admission::Caller;
+use crate::ask::PRIORITY_HEADER;
 use crate::convert::FrameWriter;
 use crate::generate::{Core, Generation};
 use crate::outbox::Event;
@@ -20,6 +23,11 @@ pub(crate) struct RouterService {
 impl RouterService {
     pub(crate) fn new(core: Arc<Core>) -> Self {
         Self { core }
+    }
+
+    fn caller(&self, metadata: &MetadataMap) -> Result<Caller, Error> {
+        let text = |name| metadata.get(name).and_then(|value| value.to_str().ok());
+        self.core.caller(text("authorization"), text(PRIORITY_HEADER))
     }
 }
 
@@ -53,11 +61,12 @@ impl Router for RouterService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let parsed = request.into_inner().try_into();
-        let ask = parsed.inspect_err(|error: &headstart_proto::Error| {
+        let caller = self.caller(request.metadata());
+        let parsed = caller.and_then(|caller| Ok((request.into_inner().try_into()?, caller)));
+        let (ask, caller) = parsed.inspect_err(|error: &Error| {
             self.core.metrics.ended(Some(error.code));
         })?;
-        let generation = self.core.generate(ask).await?;
+        let generation = self.core.generate(ask, caller).await?;
         let (writer, first) = FrameWriter::new(&generation.head);
         let live = Live { generation, writer, waiting: VecDeque::new(), failed: false };
         let rest = stream::unfold(live, Live::next);
@@ -66,8 +75,9 @@ impl Router for RouterService {
 
     async fn list_models(
         &self,
-        _: Request<v1::ListModelsRequest>,
+        request: Request<v1::ListModelsRequest>,
     ) -> Result<Response<v1::ListModelsResponse>, Status> {
+        self.caller(request.metadata())?;
         let models = self.core.models().into_iter().map(Into::into).collect();
         Ok(Response::new(v1::ListModelsResponse { models }))
     }

@@ -220,7 +220,7 @@ async fn frames_that_were_seen_are_dropped_and_a_gap_is_an_error() {
 
 #[tokio::test]
 async fn a_client_that_hangs_up_frees_everything() {
-    let options = RouterOptions { in_flight_max: 2, ..Default::default() };
+    let options = RouterOptions { in_flight_max: 2, queue_requests_max: 0, ..Default::default() };
     let cluster = Cluster::with(options).await;
     cluster.script.set_draft(DraftEnding::Hang);
     cluster.script.set(&[Step::Draft("On"), Step::Hang]);

@@ -5,20 +5,44 @@ use std::time::Duration;
 use headstart_proto::Error;
 use tonic::transport::{Channel, Endpoint};
 
-/// A connection is probed after so long without traffic, and dead after so long without an answer.
-const PING_INTERVAL: Duration = Duration::from_secs(10);
-const PING_TIMEOUT: Duration = Duration::from_secs(10);
+/// How soon a peer that is paused or cut off is found: no packet says so, only silence does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeepAlive {
+    /// A connection is pinged after so long without traffic.
+    pub interval: Duration,
+    /// It is dead after so long without an answer, and every call on it fails.
+    pub timeout: Duration,
+}
+
+impl KeepAlive {
+    /// Between parts of one cluster: a silent peer is found within about three seconds.
+    pub const CLUSTER: Self =
+        Self { interval: Duration::from_secs(1), timeout: Duration::from_secs(2) };
+    /// Towards clients, who may be far away.
+    pub const CLIENTS: Self =
+        Self { interval: Duration::from_secs(10), timeout: Duration::from_secs(10) };
+}
+
+impl Default for KeepAlive {
+    fn default() -> Self {
+        Self::CLUSTER
+    }
+}
 
 /// How to reach `address` (`host:port`).
-fn endpoint(address: &str, connect_timeout: Duration) -> Result<Endpoint, Error> {
+fn endpoint(
+    address: &str,
+    connect_timeout: Duration,
+    keep_alive: KeepAlive,
+) -> Result<Endpoint, Error> {
     let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| {
         Error::invalid("address", format!("expected host:port, found {address:?}: {error}"))
     })?;
     Ok(endpoint
         .tcp_nodelay(true)
         .connect_timeout(connect_timeout)
-        .http2_keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(PING_TIMEOUT)
+        .http2_keep_alive_interval(keep_alive.interval)
+        .keep_alive_timeout(keep_alive.timeout)
         .keep_alive_while_idle(true))
 }
 
@@ -26,8 +50,12 @@ fn endpoint(address: &str, connect_timeout: Duration) -> Result<Endpoint, Error>
 ///
 /// # Errors
 /// When the address is malformed.
-pub fn lazy(address: &str, connect_timeout: Duration) -> Result<Channel, Error> {
-    Ok(endpoint(address, connect_timeout)?.connect_lazy())
+pub fn lazy(
+    address: &str,
+    connect_timeout: Duration,
+    keep_alive: KeepAlive,
+) -> Result<Channel, Error> {
+    Ok(endpoint(address, connect_timeout, keep_alive)?.connect_lazy())
 }
 
 /// A connected channel to `address`.
@@ -35,7 +63,7 @@ pub fn lazy(address: &str, connect_timeout: Duration) -> Result<Channel, Error> 
 /// # Errors
 /// When the address is malformed, or nobody answers there within `timeout`.
 pub async fn connect(address: &str, timeout: Duration) -> Result<Channel, Error> {
-    let connecting = endpoint(address, timeout)?;
+    let connecting = endpoint(address, timeout, KeepAlive::CLUSTER)?;
     let unavailable = |cause: String| Error::unavailable(format!("connect to {address}: {cause}"));
     match tokio::time::timeout(timeout, connecting.connect()).await {
         Ok(Ok(channel)) => Ok(channel),

@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::channel::KeepAlive;
 use crate::config::ConfigError;
 use crate::server::{GrpcServer, RunningServer, ServeError};
 
@@ -34,11 +35,13 @@ pub struct Lifetimes {
     pub lease_ttl: Duration,
     /// How long live work may take to end when the node is asked to stop.
     pub drain_timeout: Duration,
+    /// How soon a caller or a base that is paused or cut off is found.
+    pub keep_alive: KeepAlive,
 }
 
 impl Default for Lifetimes {
     fn default() -> Self {
-        Self { lease_ttl: LEASE_TTL, drain_timeout: DRAIN_TIMEOUT }
+        Self { lease_ttl: LEASE_TTL, drain_timeout: DRAIN_TIMEOUT, keep_alive: KeepAlive::CLUSTER }
     }
 }
 
@@ -105,7 +108,7 @@ impl NodeParts {
         shutdown: CancellationToken,
     ) -> Result<RunningNode, NodeError> {
         let Self { record, server, draining, sessions, alive, lifetimes } = self;
-        let server = server.start(listener).await;
+        let server = server.keep_alive(lifetimes.keep_alive).start(listener).await;
         let registration = membership.register(record.clone(), lifetimes.lease_ttl).await?;
         tracing::info!(
             node_id = %record.node_id, tier = %record.tier, address = %record.address,

@@ -12,6 +12,7 @@ use headstart_proto::NodeId;
 use headstart_text::BasePrompt;
 use tokio::net::TcpListener;
 
+use crate::channel::KeepAlive;
 use crate::config::{ConfigError, duration};
 use crate::node::{Lifetimes, random_id};
 use crate::server::{ServeError, bind};
@@ -49,6 +50,12 @@ pub struct NodeOptions {
     /// How long live requests may take to end when the node is asked to stop
     #[arg(long, env = "HEADSTART_DRAIN_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = duration)]
     pub drain_timeout: Duration,
+    /// A connection to a router or a base is pinged after so long without traffic
+    #[arg(long, env = "HEADSTART_PING_INTERVAL", value_name = "TIME", default_value = "1s", value_parser = duration)]
+    pub ping_interval: Duration,
+    /// A connection is dead after so long without an answer to a ping
+    #[arg(long, env = "HEADSTART_PING_TIMEOUT", value_name = "TIME", default_value = "2s", value_parser = duration)]
+    pub ping_timeout: Duration,
     /// Where /metrics and /health are served over HTTP [default: nowhere]
     #[arg(long, env = "HEADSTART_METRICS", value_name = "ADDRESS")]
     pub metrics: Option<SocketAddr>,
@@ -91,9 +98,14 @@ impl NodeOptions {
         Ok(Arc::new(Etcd::connect(&self.etcd, &self.cluster, self.etcd_timeout).await?))
     }
 
-    /// How long a record outlives its node, and live work its node's last word.
+    /// How long a record outlives its node, live work its node's last word, and a silent peer its
+    /// connection.
     pub fn lifetimes(&self) -> Lifetimes {
-        Lifetimes { lease_ttl: self.lease_ttl, drain_timeout: self.drain_timeout }
+        Lifetimes {
+            lease_ttl: self.lease_ttl,
+            drain_timeout: self.drain_timeout,
+            keep_alive: KeepAlive { interval: self.ping_interval, timeout: self.ping_timeout },
+        }
     }
 }
 

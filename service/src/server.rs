@@ -21,6 +21,8 @@ use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use crate::channel::KeepAlive;
+
 /// Largest message that a Headstart service takes, in bytes. Services set it on themselves with
 /// `max_decoding_message_size`.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
@@ -29,9 +31,6 @@ pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 const STREAMS_MAX: u32 = 4096;
 /// Largest header list, in bytes.
 const HEADER_BYTES_MAX: u32 = 32 << 10;
-/// A connection is probed after so long without traffic, and dead after so long without an answer.
-const PING_INTERVAL: Duration = Duration::from_secs(10);
-const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long calls may take to end once the server stops.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 
@@ -76,6 +75,7 @@ pub struct GrpcServer {
     routes: Routes,
     health: HealthReporter,
     names: Vec<&'static str>,
+    keep_alive: KeepAlive,
 }
 
 /// A gRPC server that runs.
@@ -106,7 +106,13 @@ impl GrpcServer {
         let routes = Routes::new(health_service)
             .add_service(reflection().build_v1().map_err(failed)?)
             .add_service(reflection().build_v1alpha().map_err(failed)?);
-        Ok(Self { routes, health, names: vec![""] })
+        Ok(Self { routes, health, names: vec![""], keep_alive: KeepAlive::CLIENTS })
+    }
+
+    /// How soon a caller that is paused or cut off is found; its calls are then dropped.
+    #[must_use]
+    pub fn keep_alive(self, keep_alive: KeepAlive) -> Self {
+        Self { keep_alive, ..self }
     }
 
     /// Adds a service; its health is told under its name.
@@ -130,7 +136,7 @@ impl GrpcServer {
 
     /// Serves on `listener` until the returned server is stopped or dropped.
     pub async fn start(self, listener: TcpListener) -> RunningServer {
-        let Self { routes, health, names } = self;
+        let Self { routes, health, names, keep_alive } = self;
         for name in &names {
             health.set_service_status(name, ServingStatus::Serving).await;
         }
@@ -144,8 +150,8 @@ impl GrpcServer {
         let serving = Server::builder()
             .max_concurrent_streams(STREAMS_MAX)
             .http2_max_header_list_size(HEADER_BYTES_MAX)
-            .http2_keepalive_interval(Some(PING_INTERVAL))
-            .http2_keepalive_timeout(Some(PING_TIMEOUT))
+            .http2_keepalive_interval(Some(keep_alive.interval))
+            .http2_keepalive_timeout(Some(keep_alive.timeout))
             .add_routes(routes)
             .serve_with_incoming_shutdown(incoming, async move { stopped.cancelled().await });
         let task = tokio::spawn(async move {

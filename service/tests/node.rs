@@ -14,6 +14,7 @@ use headstart_proto::v1::{
     NodeRole,
 };
 use headstart_proto::{Error, ErrorCode};
+use headstart_service::channel::KeepAlive;
 use headstart_service::node::{Lifetimes, NodeError, NodeParts, RunningNode};
 use headstart_service::node_service::{NodeService, NodeStatus};
 use headstart_service::server::{GrpcServer, ServeError, bind};
@@ -51,6 +52,7 @@ fn record(address: SocketAddr, text: &ModelText) -> NodeRecord {
         text_fingerprint: text.fingerprint().to_string(),
         context_length: 512,
         slots: 4,
+        kv_tokens: 0,
         draining: false,
         incarnation: incarnation_now(),
     }
@@ -87,7 +89,11 @@ async fn start(drain_timeout: Duration) -> Started {
         draining: draining.clone(),
         sessions: sessions.clone(),
         alive: Box::new(move || living.load(Ordering::SeqCst)),
-        lifetimes: Lifetimes { lease_ttl: Duration::from_millis(200), drain_timeout },
+        lifetimes: Lifetimes {
+            lease_ttl: Duration::from_millis(200),
+            drain_timeout,
+            ..Lifetimes::default()
+        },
     };
     let node = parts.start(listener, &members, shutdown.clone()).await.unwrap();
     let channel = channel::connect(&record.address, PATIENCE).await.unwrap();
@@ -295,7 +301,7 @@ async fn nobody_there_is_unavailable() {
     assert_eq!(error.code, ErrorCode::Unavailable);
     assert!(error.message.contains(&free), "{error}");
     assert_eq!(
-        channel::lazy("not an address", PATIENCE).unwrap_err().code,
+        channel::lazy("not an address", PATIENCE, KeepAlive::CLUSTER).unwrap_err().code,
         ErrorCode::InvalidArgument
     );
 }

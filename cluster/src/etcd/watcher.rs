@@ -3,15 +3,20 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use etcd_client::{Client, GetOptions, KeyValue, WatchOptions, WatchResponse, WatchStream};
+use etcd_client::{Client, GetOptions, KeyValue, WatchOptions, WatchResponse};
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
 use headstart_proto::NodeId;
 use tokio::sync::watch;
 
 use super::link::{Backoff, CallError, Link};
+use super::look::look;
 use crate::tracker::Tracker;
 use crate::{ClusterError, LEASE_TTL, NodeRecord, View};
 
-/// How long a node that an outage made vanish stays in the view, so that it can register again.
+/// How long a node that an outage made vanish has to register again before it is looked at, and
+/// from one look at a lingering node to the next.
 const GRACE: Duration = LEASE_TTL;
 
 /// What one list brought.
@@ -73,7 +78,7 @@ fn node_id(link: &Link, kv: &KeyValue) -> Option<NodeId> {
 pub(super) async fn run(link: Link, first: Listed, view: watch::Sender<Arc<View>>) {
     let mut tracker = Tracker::default();
     let mut listed = first;
-    let mut grace = None;
+    let mut grace = GRACE;
     loop {
         tracker.list(listed.records, Instant::now(), grace);
         publish(&tracker, &view);
@@ -83,26 +88,18 @@ pub(super) async fn run(link: Link, first: Listed, view: watch::Sender<Arc<View>
             Break::Compacted => {
                 tracing::debug!("the watched revision was compacted; listing again");
                 match list(&link, client).await {
-                    Ok(listed) => (listed, None),
-                    Err(error) => {
-                        (reconnect(&link, &error, &mut tracker, &view).await, Some(GRACE))
-                    }
+                    // etcd was there all the time: who is missing had its time.
+                    Ok(listed) => (listed, Duration::ZERO),
+                    Err(error) => (reconnect(&link, &error).await, GRACE),
                 }
             }
-            Break::Lost(error) => {
-                (reconnect(&link, &error, &mut tracker, &view).await, Some(GRACE))
-            }
+            Break::Lost(error) => (reconnect(&link, &error).await, GRACE),
         };
     }
 }
 
 /// Lists again as soon as etcd answers. Meanwhile the last view stays.
-async fn reconnect(
-    link: &Link,
-    cause: &CallError,
-    tracker: &mut Tracker,
-    view: &watch::Sender<Arc<View>>,
-) -> Listed {
+async fn reconnect(link: &Link, cause: &CallError) -> Listed {
     let endpoints = link.endpoints();
     tracing::warn!(%endpoints, error = %cause, "etcd is away; the last view stays");
     let mut backoff = Backoff::default();
@@ -116,8 +113,6 @@ async fn reconnect(
             Err(error) => tracing::debug!(%endpoints, %error, "etcd is still away"),
         }
         backoff.pause().await;
-        tracker.expire(Instant::now());
-        publish(tracker, view);
     }
 }
 
@@ -134,40 +129,40 @@ async fn follow(
         Ok(stream) => stream,
         Err(error) => return (client, Break::Lost(error)),
     };
+    let mut looks = Looks::default();
     loop {
-        match next_event(&mut stream, tracker.next_expiry()).await {
-            Ok(Some(answer)) if answer.canceled() => {
-                let why = match answer.compact_revision() {
-                    0 => Break::Lost(CallError::Ended("etcd cancelled the watch")),
-                    _ => Break::Compacted,
-                };
-                return (client, why);
+        tokio::select! {
+            answer = stream.message() => match answer {
+                Ok(Some(answer)) if answer.canceled() => {
+                    let why = match answer.compact_revision() {
+                        0 => Break::Lost(CallError::Ended("etcd cancelled the watch")),
+                        _ => Break::Compacted,
+                    };
+                    return (client, why);
+                }
+                Ok(Some(answer)) => apply(link, &answer, tracker),
+                Ok(None) => return (client, Break::Lost(CallError::Ended("etcd ended the watch"))),
+                Err(error) => return (client, Break::Lost(error.into())),
+            },
+            Some((record, answered)) = looks.next() => tracker.looked(&record, answered),
+            () = at(tracker.next_due()) => {
+                let now = Instant::now();
+                for record in tracker.due(now, now + GRACE) {
+                    looks.push(Box::pin(look(record)));
+                }
             }
-            Ok(Some(answer)) => apply(link, &answer, tracker),
-            Ok(None) => tracker.expire(Instant::now()),
-            Err(error) => return (client, Break::Lost(error)),
         }
         publish(tracker, view);
     }
 }
 
-/// The next answer, or `None` when a lingering node's time is over.
-async fn next_event(
-    stream: &mut WatchStream,
-    expiry: Option<Instant>,
-) -> Result<Option<WatchResponse>, CallError> {
-    let expire = async {
-        match expiry {
-            Some(at) => tokio::time::sleep_until(at.into()).await,
-            None => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        answer = stream.message() => match answer? {
-            Some(answer) => Ok(Some(answer)),
-            None => Err(CallError::Ended("etcd ended the watch")),
-        },
-        () = expire => Ok(None),
+/// Looks at lingering nodes that have not ended.
+type Looks = FuturesUnordered<BoxFuture<'static, (NodeRecord, bool)>>;
+
+async fn at(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -177,7 +172,7 @@ fn apply(link: &Link, answer: &WatchResponse, tracker: &mut Tracker) {
         let record = if kv.version() == 0 { None } else { read(link, kv) };
         match (record, node_id(link, kv)) {
             (Some(record), _) => tracker.put(record),
-            (None, Some(id)) => tracker.remove(&id),
+            (None, Some(id)) => tracker.vanished(&id, Instant::now()),
             (None, None) => {}
         }
     }

@@ -8,13 +8,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt as _, stream};
 use headstart_proto::{Error, ErrorCode};
 
+use crate::admission::Caller;
+use crate::ask::{Ask, PRIORITY_HEADER};
 use crate::generate::{Core, Generation};
 use crate::openai::request::{Delivery, Format, parse};
 use crate::openai::response::{Collector, ErrorBody, model_body, models_body};
@@ -83,17 +85,32 @@ async fn completion(State(door): State<Door>, request: Request) -> Result<Respon
 }
 
 async fn generate(core: Arc<Core>, format: Format, request: Request) -> Result<Response, Refusal> {
-    let parsed = match read_body(&core, request).await {
-        Ok(body) => parse(format, &body),
-        Err(error) => Err(error),
-    };
-    let (ask, delivery) = parsed.inspect_err(|error| core.metrics.ended(Some(error.code)))?;
+    let parsed = read(&core, format, request).await;
+    let (caller, ask, delivery) =
+        parsed.inspect_err(|error| core.metrics.ended(Some(error.code)))?;
     let logprobs = ask.top_logprobs.is_some();
-    let generation = core.generate(ask).await?;
+    let generation = core.generate(ask, caller).await?;
     match delivery.stream {
         true => streamed(generation, delivery, logprobs).await,
         false => whole(generation, delivery, logprobs).await,
     }
+}
+
+/// Who asks, for what, and how it is to be delivered.
+async fn read(
+    core: &Core,
+    format: Format,
+    request: Request,
+) -> Result<(Caller, Ask, Delivery), Error> {
+    let caller = caller(core, request.headers());
+    let body = read_body(core, request).await?;
+    let (ask, delivery) = parse(format, &body)?;
+    Ok((caller?, ask, delivery))
+}
+
+fn caller(core: &Core, headers: &HeaderMap) -> Result<Caller, Error> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    core.caller(text("authorization"), text(PRIORITY_HEADER))
 }
 
 /// Reads the body, within its bounds of size and time.
@@ -202,14 +219,20 @@ impl Live {
     }
 }
 
-async fn models(State(door): State<Door>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, JSON)], models_body(&door.core.models(), door.started))
+async fn models(
+    State(door): State<Door>,
+    headers: HeaderMap,
+) -> Result<impl IntoResponse, Refusal> {
+    caller(&door.core, &headers)?;
+    Ok(([(header::CONTENT_TYPE, JSON)], models_body(&door.core.models(), door.started)))
 }
 
 async fn model(
     State(door): State<Door>,
+    headers: HeaderMap,
     Path(id): Path<String>,
 ) -> Result<impl IntoResponse, Refusal> {
+    caller(&door.core, &headers)?;
     let models = door.core.models();
     let entry = models.iter().find(|entry| entry.id == id).ok_or_else(|| {
         let shown = &id[..id.floor_char_boundary(80)];
@@ -222,6 +245,9 @@ async fn model(
 async fn ready(State(door): State<Door>) -> impl IntoResponse {
     match door.core.is_ready() {
         true => (StatusCode::OK, "ready\n"),
+        false if door.core.draining.is_cancelled() => {
+            (StatusCode::SERVICE_UNAVAILABLE, "draining\n")
+        }
         false => (StatusCode::SERVICE_UNAVAILABLE, "no base or no drafter is up\n"),
     }
 }

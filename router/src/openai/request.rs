@@ -6,9 +6,11 @@ use serde_json::Value;
 
 use super::fields::{Fields, refused, wrong_type};
 use super::{inert, messages};
+use crate::admission::Class;
 use crate::ask::{
     ABOVE_ZERO_TO_ONE, Ask, CHOICES_MAX, DRAFT_TOKENS_MAX, PENALTY, SamplingParams, TEMPERATURE,
-    TOP_LOGPROBS_MAX, WINDOW_MAX, ZERO_TO_ONE, check_content, check_name, check_stop,
+    TOP_LOGPROBS_MAX, WINDOW_MAX, ZERO_TO_ONE, check_content, check_name, check_priority,
+    check_stop,
 };
 
 /// Which endpoint a request came through, and so the format of its response.
@@ -64,6 +66,7 @@ pub(crate) fn parse(format: Format, body: &[u8]) -> Result<(Ask, Delivery), Erro
         window: extension.window,
         threshold: extension.threshold,
         draft_tokens_max: extension.draft_tokens_max,
+        class: extension.class,
     };
     Ok((ask, delivery))
 }
@@ -182,15 +185,19 @@ struct Extension {
     threshold: Option<f32>,
     draft_tokens_max: Option<u32>,
     drafter: Option<String>,
+    class: Option<Class>,
 }
 
 fn extension(fields: &mut Fields) -> Result<Extension, Error> {
     let Some(mut fields) = fields.object("headstart")? else { return Ok(Extension::default()) };
+    let priority = fields.string("priority")?;
+    let class = priority.map(|name| check_priority("headstart.priority", &name)).transpose()?;
     let extension = Extension {
         window: fields.small("window", 1, WINDOW_MAX)?,
         threshold: fields.real("threshold", &ABOVE_ZERO_TO_ONE)?,
         draft_tokens_max: fields.small("draft_tokens_max", 1, DRAFT_TOKENS_MAX)?,
         drafter: fields.string("drafter")?,
+        class,
     };
     if let Some(name) = &extension.drafter {
         check_name("headstart.drafter", name)?;

@@ -40,6 +40,7 @@ impl<'a> ErrorBody<'a> {
         let code = match error.code {
             ErrorCode::ContextTooLong => "context_length_exceeded",
             ErrorCode::UnknownModel => "model_not_found",
+            ErrorCode::Unauthenticated => "invalid_api_key",
             code => code.code(),
         };
         let param = error.field.as_deref();

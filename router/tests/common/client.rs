@@ -54,7 +54,19 @@ pub async fn post(address: SocketAddr, path: &str, body: &[u8]) -> Reply {
 }
 
 pub async fn exchange(address: SocketAddr, method: &str, path: &str, body: &[u8]) -> Reply {
-    let mut open = Open::start(address, method, path, body).await;
+    exchange_with(address, method, path, "", body).await
+}
+
+/// With more header lines, each ended by CR LF.
+pub async fn exchange_with(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: &[u8],
+) -> Reply {
+    let stream = send_with(address, method, path, headers, body).await;
+    let mut open = Open::read_head(stream).await;
     let mut whole = String::new();
     while let Some(piece) = open.chunk().await {
         whole.push_str(&piece);
@@ -72,11 +84,21 @@ pub struct Open {
 
 /// Sends a request and reads nothing.
 pub async fn send(address: SocketAddr, method: &str, path: &str, body: &[u8]) -> TcpStream {
+    send_with(address, method, path, "", body).await
+}
+
+async fn send_with(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: &[u8],
+) -> TcpStream {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let length = body.len();
     let head = format!(
         "{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\
-         content-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+         content-type: application/json\r\ncontent-length: {length}\r\n{headers}\r\n"
     );
     stream.write_all(head.as_bytes()).await.unwrap();
     // The server may answer and close before it has read a body that it refuses.
@@ -86,7 +108,11 @@ pub async fn send(address: SocketAddr, method: &str, path: &str, body: &[u8]) ->
 
 impl Open {
     pub async fn start(address: SocketAddr, method: &str, path: &str, body: &[u8]) -> Self {
-        let mut stream = BufReader::new(send(address, method, path, body).await);
+        Self::read_head(send(address, method, path, body).await).await
+    }
+
+    async fn read_head(stream: TcpStream) -> Self {
+        let mut stream = BufReader::new(stream);
         let mut line = String::new();
         stream.read_line(&mut line).await.unwrap();
         let status = line.split(' ').nth(1).and_then(|s| s.parse().ok());

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use headstart_cluster::testing::Proxy;
 use headstart_cluster::{InMemory, LEASE_TTL, Membership, NodeRecord, Registration, Tier};
 use headstart_proto::v1::base_server::{Base, BaseServer};
 use headstart_proto::v1::drafter_server::{Drafter, DrafterServer};
@@ -106,6 +107,17 @@ impl Script {
 
     pub fn live(&self) -> (usize, usize) {
         (self.live_serves.load(Ordering::SeqCst), self.live_drafts.load(Ordering::SeqCst))
+    }
+
+    /// Waits until so many `Serve` calls have come in all.
+    pub async fn until_served(&self, count: usize) {
+        for _ in 0..3000 {
+            if self.serves.lock().unwrap().len() >= count {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("never {count} calls");
     }
 
     /// Waits until so many `Serve` and `Draft` streams live.
@@ -300,6 +312,18 @@ impl Drafter for FakeDrafter {
     }
 }
 
+/// A router over the nodes of `membership`.
+pub async fn router(
+    options: RouterOptions,
+    membership: &InMemory,
+    shutdown: &CancellationToken,
+) -> RunningRouter {
+    let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let membership: Arc<dyn Membership> = Arc::new(membership.clone());
+    start(options, membership, http, grpc, shutdown.clone()).await.unwrap()
+}
+
 /// One base `big`, one drafter `small`, one router.
 pub struct Cluster {
     pub router: Option<RunningRouter>,
@@ -307,6 +331,9 @@ pub struct Cluster {
     pub shutdown: CancellationToken,
     pub drafter: Option<Registration>,
     pub base: Option<Registration>,
+    pub membership: InMemory,
+    /// The lines to the base and the drafter, where there are some.
+    pub lines: Vec<Proxy>,
     _servers: Vec<RunningServer>,
 }
 
@@ -316,6 +343,17 @@ impl Cluster {
     }
 
     pub async fn with(options: RouterOptions) -> Self {
+        Self::build(options, false).await
+    }
+
+    /// With a line to each node that can be made to fail.
+    pub async fn with_lines(options: RouterOptions) -> Self {
+        Self::build(options, true).await
+    }
+
+    async fn build(options: RouterOptions, proxied: bool) -> Self {
+        let keep_alive = options.keep_alive;
+        let mut lines = Vec::new();
         let script = Script::new();
         let membership = InMemory::new();
         let text = model_text();
@@ -323,7 +361,12 @@ impl Cluster {
         let mut registrations = Vec::new();
         for tier in [Tier::Base, Tier::Drafter] {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let record = record(tier, &listener.local_addr().unwrap().to_string(), &text);
+            let mut address = listener.local_addr().unwrap().to_string();
+            if proxied {
+                lines.push(Proxy::start(address).await.unwrap());
+                address = lines[lines.len() - 1].address();
+            }
+            let record = record(tier, &address, &text);
             let node = NodeService::new(
                 &record,
                 &text,
@@ -331,7 +374,8 @@ impl Cluster {
                 NodeStatus::default,
                 CancellationToken::new(),
             );
-            let server = GrpcServer::new().unwrap().add(NodeServer::new(node));
+            let server = GrpcServer::new().unwrap().keep_alive(keep_alive);
+            let server = server.add(NodeServer::new(node));
             let server = match tier {
                 Tier::Base => server.add(BaseServer::new(FakeBase(Arc::clone(&script)))),
                 Tier::Drafter => server.add(DrafterServer::new(FakeDrafter(Arc::clone(&script)))),
@@ -341,12 +385,10 @@ impl Cluster {
         }
         let drafter = registrations.pop();
         let base = registrations.pop();
-        let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let shutdown = CancellationToken::new();
-        let membership: Arc<dyn Membership> = Arc::new(membership);
-        let router = start(options, membership, http, grpc, shutdown.clone()).await.unwrap();
-        Self { router: Some(router), script, shutdown, drafter, base, _servers: servers }
+        let router = Some(router(options, &membership, &shutdown).await);
+        let _servers = servers;
+        Self { router, script, shutdown, drafter, base, membership, lines, _servers }
     }
 
     pub fn http(&self) -> std::net::SocketAddr {
@@ -374,6 +416,7 @@ fn record(tier: Tier, address: &str, text: &ModelText) -> NodeRecord {
         text_fingerprint: text.fingerprint().to_string(),
         context_length: CONTEXT,
         slots: 4,
+        kv_tokens: 0,
         draining: false,
         incarnation: 1,
     }
