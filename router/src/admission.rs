@@ -58,6 +58,8 @@ pub(crate) struct Request<'a> {
     /// The drafter's name where the client chose one; `None` inside where any will do, `None`
     /// outside where none takes part.
     pub(crate) drafter: Option<Option<&'a str>>,
+    /// Tokens a sequence on the drafter can hold.
+    pub(crate) drafter_context: u32,
 }
 
 /// The queue, shared by all requests.
@@ -240,7 +242,7 @@ impl Permit {
                 if sizes.open_ended { expected.min(max_tokens.into()) } else { max_tokens.into() };
             sizes.base_tokens = base_prompt as u64 + answer;
             if let Some(prompt) = drafter_prompt {
-                sizes.drafter_tokens = prompt as u64 + sizes.draft_tokens;
+                sizes.drafter_tokens = sizes.draft(prompt as u64);
             }
         });
     }
@@ -292,6 +294,7 @@ struct Sizes {
     /// Of each draft: prompt and draft.
     drafter_tokens: u64,
     draft_tokens: u64,
+    drafter_context: u64,
     /// Drafts that are not decided yet.
     drafts_live: u32,
 }
@@ -304,17 +307,24 @@ impl Sizes {
         };
         let prompt = request.messages.iter().map(text).sum::<u64>().min(context);
         let answer = request.max_tokens.map_or(expected, u64::from);
-        let draft_tokens = u64::from(request.draft_tokens_max);
-        Self {
+        let mut sizes = Self {
             base: request.base.model.as_str().into(),
             base_tokens: (prompt + answer).min(context),
             choices: request.choices.into(),
             open_ended: request.max_tokens.is_none(),
             drafter: request.drafter.map(|named| named.map(Into::into)),
-            drafter_tokens: prompt + draft_tokens,
-            draft_tokens,
+            drafter_tokens: 0,
+            draft_tokens: request.draft_tokens_max.into(),
+            drafter_context: request.drafter_context.into(),
             drafts_live: if request.drafter.is_some() { request.choices } else { 0 },
-        }
+        };
+        sizes.drafter_tokens = sizes.draft(prompt);
+        sizes
+    }
+
+    /// What a draft takes of a drafter.
+    fn draft(&self, prompt: u64) -> u64 {
+        (prompt + self.draft_tokens).min(self.drafter_context)
     }
 
     /// What the tenant is charged.

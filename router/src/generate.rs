@@ -321,6 +321,7 @@ impl Core {
             draft_tokens_max: ask.draft_tokens_max.unwrap_or(self.options.draft_tokens_max),
             base,
             drafter: drafter.map(|(record, _)| named.then_some(record.model.as_str())),
+            drafter_context: drafter.map_or(0, |(record, _)| record.context_length),
         };
         self.admission.admit(&request).await
     }

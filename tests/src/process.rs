@@ -39,9 +39,7 @@ impl Process {
     /// If it does not stop within a minute.
     #[must_use]
     pub fn terminate(mut self) -> Option<i32> {
-        let id = self.child.id().to_string();
-        let sent = Command::new("kill").args(["-TERM", &id]).status();
-        assert!(sent.is_ok_and(|status| status.success()), "SIGTERM to {}", self.name);
+        self.signal("TERM");
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             if let Ok(Some(status)) = self.child.try_wait() {
@@ -50,6 +48,16 @@ impl Process {
             assert!(Instant::now() < deadline, "{} did not stop", self.name);
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Sends the process a signal, by its name without `SIG`.
+    ///
+    /// # Panics
+    /// If there is no `kill` program.
+    pub fn signal(&self, name: &str) {
+        let (signal, id) = (format!("-{name}"), self.child.id().to_string());
+        let sent = Command::new("kill").args([signal, id]).status();
+        assert!(sent.is_ok_and(|status| status.success()), "SIG{name} to {}", self.name);
     }
 
     /// Whether the process still runs.

@@ -90,6 +90,7 @@ impl Fixture {
             draft_tokens_max: 10,
             base: &self.base,
             drafter: Some(None),
+            drafter_context: 512,
         }
     }
 
