@@ -170,7 +170,9 @@ impl Attempt {
             Ok(None) => Error::unavailable("its stream ended before the answer did"),
             Err(status) => Error::from_status(&status),
         };
-        self.base.told(Some(error.code));
+        if error.code == ErrorCode::Unavailable {
+            self.base.mark_failing();
+        }
         let error = self.of_base(error);
         // A base that merely lost its drafter has less to say than the drafter.
         match self.draft_error.take() {
@@ -219,8 +221,12 @@ async fn follow_draft(plan: DraftPlan) -> Result<(), Error> {
         Err(Error::unavailable("its stream ended before the draft did"))
     };
     let result: Result<(), Error> = reading.await;
-    place.told(result.as_ref().err().map(|error| error.code));
-    result.map_err(|error| node_error("drafter", &node_id, error))
+    result.map_err(|error| {
+        if error.code == ErrorCode::Unavailable {
+            place.mark_failing();
+        }
+        node_error("drafter", &node_id, error)
+    })
 }
 
 /// An error of a node, as the client is told. What only concerns the two nodes becomes "unavailable".
