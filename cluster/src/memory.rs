@@ -69,7 +69,11 @@ async fn hold(shared: Arc<Shared>, mut held: Held, lease: u64, ttl: Duration) {
     let node_id = held.node_id();
     loop {
         match held.next().await {
-            Wish::Update => shared.update(lease, held.record()),
+            Wish::Update => {
+                if !shared.update(lease, held.record()) {
+                    return;
+                }
+            }
             Wish::Leave(done) => {
                 shared.remove(lease, &node_id);
                 let _ = done.send(());
@@ -100,11 +104,14 @@ impl Shared {
         Ok(lease)
     }
 
-    fn update(&self, lease: u64, record: NodeRecord) {
+    /// Returns whether the lease still holds the record.
+    fn update(&self, lease: u64, record: NodeRecord) -> bool {
         let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-        if leases.holders.get(&record.node_id) == Some(&lease) {
+        let held = leases.holders.get(&record.node_id) == Some(&lease);
+        if held {
             self.put(record);
         }
+        held
     }
 
     fn remove(&self, lease: u64, node_id: &NodeId) {

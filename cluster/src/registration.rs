@@ -59,6 +59,12 @@ impl Registration {
         });
     }
 
+    /// Waits until a later start of the same node has taken the record: this one is not in the cluster
+    /// any more. Cancel safe.
+    pub async fn superseded(&mut self) {
+        self.leave.closed().await;
+    }
+
     /// Removes the record at once. Returns when the store has confirmed it, or after five seconds:
     /// the lease then does the rest.
     pub async fn deregister(self) {

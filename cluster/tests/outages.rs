@@ -177,7 +177,7 @@ async fn a_node_that_was_cut_off_registers_again_unless_a_later_start_of_it_did(
     let (members, direct) = (connect(&line.address()).await, connect(&server.endpoint()).await);
     let mut view = direct.watch();
     let _a = members.register(record("a", "127.0.0.1:9", 1), TTL).await.unwrap();
-    let _b = members.register(record("b", "127.0.0.1:9", 1), TTL).await.unwrap();
+    let mut b = members.register(record("b", "127.0.0.1:9", 1), TTL).await.unwrap();
     until(&mut view, "both", |view| view.nodes.len() == 2).await;
     line.set(Line::Silent);
     until(&mut view, "both expired", |view| view.nodes.is_empty()).await;
@@ -185,6 +185,8 @@ async fn a_node_that_was_cut_off_registers_again_unless_a_later_start_of_it_did(
     until(&mut view, "the later b", |view| has(view, "b")).await;
     line.set(Line::Open);
     until(&mut view, "a again", |view| has(view, "a")).await;
+    let told = tokio::time::timeout(PATIENCE, b.superseded()).await;
+    told.expect("the earlier b hears of it");
     let incarnations: Vec<u64> = view.borrow().nodes.values().map(|r| r.incarnation).collect();
     assert_eq!(incarnations, [1, 2], "a came back as it was, b stays the later one");
 }

@@ -63,6 +63,9 @@ pub enum NodeError {
     /// Its engine stopped while it served.
     #[error("the engine has stopped")]
     Engine,
+    /// Another process with its id started later and took its place.
+    #[error("a later start of node {0} has taken its place")]
+    Superseded(NodeId),
 }
 
 /// What the two node kinds do not have in common.
@@ -175,8 +178,10 @@ struct Life {
 impl Life {
     async fn run(mut self, shutdown: CancellationToken) -> Result<(), NodeError> {
         let node_id = self.registration.node_id();
+        let mut superseded = false;
         tokio::select! {
             () = shutdown.cancelled() => {}
+            () = self.registration.superseded() => superseded = true,
             error = self.server.failed() => {
                 self.registration.deregister().await;
                 return Err(error.into());
@@ -198,6 +203,6 @@ impl Life {
         self.registration.deregister().await;
         self.server.stop().await;
         tracing::info!(%node_id, "node has left");
-        Ok(())
+        if superseded { Err(NodeError::Superseded(node_id)) } else { Ok(()) }
     }
 }
