@@ -232,3 +232,26 @@ impl AsyncWrite for Connection {
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt;
+
+    #[tokio::test]
+    async fn a_client_that_takes_nothing_loses_its_connection() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut bounded = BoundedListener::new(listener, 1, Duration::from_millis(50));
+        let _silent = TcpStream::connect(address).await.unwrap();
+        let (mut connection, _) = Listener::accept(&mut bounded).await;
+        // More than the sockets' buffers take.
+        let piece = vec![0; 1 << 20];
+        let error = loop {
+            if let Err(error) = connection.write_all(&piece).await {
+                break error;
+            }
+        };
+        assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
+    }
+}

@@ -192,24 +192,6 @@ async fn never_read(cluster: &Cluster) -> tokio::net::TcpStream {
 }
 
 #[tokio::test]
-async fn a_client_that_takes_nothing_loses_its_connection() {
-    let _alone = ALONE.lock().await;
-    let options = RouterOptions {
-        reader_bytes_max: 64 << 20,
-        write_timeout: Duration::from_millis(200),
-        connections_max: 1,
-        ..RouterOptions::default()
-    };
-    let cluster = Cluster::with(options).await;
-    cluster.script.set(&long_answer(Step::Stop));
-    let _unread = never_read(&cluster).await;
-    cluster.script.until_served(4).await;
-    cluster.script.set(&GOOD);
-    // There is one place for a connection, and it is given back.
-    assert_eq!(cluster.chat("").await.status, 200);
-}
-
-#[tokio::test]
 async fn a_reader_that_does_not_read_frees_its_nodes() {
     let _alone = ALONE.lock().await;
     let options = RouterOptions { reader_bytes_max: 4096, ..RouterOptions::default() };
