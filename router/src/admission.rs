@@ -74,8 +74,16 @@ pub(crate) struct Admission {
 struct Inner {
     queue: Queue,
     waiters: HashMap<Ticket, oneshot::Sender<Result<(), Refusal>>>,
-    answer_tokens: u64,
+    /// The running mean of answers' lengths, times [`ANSWER_MEMORY`].
+    answer_tokens_sum: u64,
     closed: bool,
+}
+
+impl Inner {
+    /// Tokens that an answer usually has.
+    fn expected(&self) -> u64 {
+        (self.answer_tokens_sum / ANSWER_MEMORY).max(1)
+    }
 }
 
 impl Admission {
@@ -90,7 +98,7 @@ impl Admission {
         let inner = Inner {
             queue,
             waiters: HashMap::new(),
-            answer_tokens: ANSWER_TOKENS_INITIAL,
+            answer_tokens_sum: ANSWER_TOKENS_INITIAL * ANSWER_MEMORY,
             closed: false,
         };
         Arc::new(Self { inner: Mutex::new(inner), wait_max: options.queue_timeout, metrics })
@@ -146,7 +154,7 @@ impl Admission {
         if inner.closed {
             return Err(draining());
         }
-        let sizes = Sizes::estimated(request, inner.answer_tokens);
+        let sizes = Sizes::estimated(request, inner.expected());
         let demand = Demand {
             class: request.class,
             tenant: request.caller.tenant.clone(),
@@ -255,15 +263,14 @@ impl Permit {
     /// An answer of so many tokens is complete: the length that is expected of the next ones follows.
     pub(crate) fn answered(&self, tokens: u32) {
         let mut inner = self.admission.lock();
-        let mean = inner.answer_tokens;
-        inner.answer_tokens =
-            (mean * (ANSWER_MEMORY - 1) + u64::from(tokens)).div_ceil(ANSWER_MEMORY);
+        inner.answer_tokens_sum += u64::from(tokens);
+        inner.answer_tokens_sum -= inner.answer_tokens_sum / ANSWER_MEMORY;
     }
 
     fn change(&self, change: impl FnOnce(&mut Sizes, u64)) {
         let mut inner = self.admission.lock();
         let mut sizes = self.sizes.lock().unwrap_or_else(PoisonError::into_inner);
-        change(&mut sizes, inner.answer_tokens);
+        change(&mut sizes, inner.expected());
         let verdicts = inner.queue.correct(self.ticket, sizes.total(), sizes.claims(self.choices));
         self.admission.tell(&mut inner, verdicts);
     }
