@@ -1,4 +1,5 @@
-//! CPU kernels of Headstart: everything a decoder needs to run a step on f32 activations.
+//! Kernels of Headstart: everything a decoder needs to run a step, on the CPU (the items below, on
+//! f32 activations) and on NVIDIA GPUs ([`cuda`]).
 //!
 //! - [`ThreadPool`]: fork-join over the cores; every other entry point takes one.
 //! - [`Matrix`]: weights `[rows][cols]`, repacked into tiles at load; `y[m][rows] = x[m][cols] · Wᵀ`
@@ -21,6 +22,7 @@
 mod activation;
 mod attention;
 mod cpu;
+pub mod cuda;
 mod dtype;
 mod math;
 mod matmul;

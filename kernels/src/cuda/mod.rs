@@ -1,0 +1,26 @@
+//! The CUDA side: a device, its kernels, and safe calls of them.
+//!
+//! Nothing here is linked: the driver, NVRTC and cublasLt are opened when a device is asked for, so
+//! the same binary runs where there is no GPU ([`library`]). Kernels are CUDA C without headers
+//! (`kernels/cuda`), compiled for the device at hand by NVRTC ([`compile`]).
+//!
+//! All work of a [`Device`] goes to one stream, in the order of the calls, so buffers need no
+//! events. Shapes that do not fit are programming errors and panic; what a device can refuse is a
+//! [`CudaError`].
+
+mod batch;
+mod blas;
+pub mod compile;
+mod device;
+pub mod library;
+mod ops;
+#[cfg(test)]
+mod tests;
+mod vocab;
+mod weights;
+
+pub use batch::{Batch, Sequence, Staged};
+pub use device::{Buffer, CudaError, Device, Element, Graph, Timer};
+pub use ops::{Activations, Attention, Gate, KvCache, KvDims, Precision, Rope, Rows, SPLIT};
+pub use vocab::{SampleArgs, TokenFound};
+pub use weights::{Tile, Weights};
