@@ -11,6 +11,9 @@ typedef unsigned long long u64;
 
 #define KERNEL(threads, name, ...) \
     extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
+/// The same for at least `blocks` blocks on a multiprocessor at a time, which bounds registers.
+#define CROWDED_KERNEL(threads, blocks, name, ...) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(__VA_ARGS__)
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) u8 name[]
 
 __device__ __forceinline__ uint4 load16(const void* p) { return *(const uint4*)p; }

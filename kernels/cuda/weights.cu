@@ -187,7 +187,7 @@ __device__ void matvec(Planes w, const T* x, u32 m, u32 rows, float* y, u32 y_st
 }
 
 #define MATVEC(format, M)                                                                          \
-    KERNEL(128, matvec_##format##_##M, Planes w, const bf16* x, u32 m, u32 rows, float* y,         \
+    CROWDED_KERNEL(128, M == 8 ? 8 : 4, matvec_##format##_##M, Planes w, const bf16* x, u32 m, u32 rows, float* y,         \
            u32 y_stride) {                                                                         \
         matvec<Format##format, M>(w, x, m, rows, y, y_stride);                                     \
     }

@@ -113,6 +113,7 @@ struct Kernel {
     static void name(__VA_ARGS__);                                                                 \
     static emulated::Kernel kernel_##name(#name, name);                                            \
     static void name(__VA_ARGS__)
+#define CROWDED_KERNEL(threads, blocks, name, ...) KERNEL(threads, name, __VA_ARGS__)
 
 inline void __syncthreads() { emulated::wait(emulated::State::AtBlock); }
 template <class T> T __shfl_xor_sync(u32, T value, int lanes) {
