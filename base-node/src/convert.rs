@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use headstart_engine::{DraftPolicy, Finish, Judged, Limits, Request, Sampling, Scored};
+use headstart_engine::{DraftPolicy, Finish, Judged, Known, Limits, Request, Sampling, Scored};
 use headstart_node::convert::{prompt, sampling};
 use headstart_proto::v1::{self, DraftEncoding, OnDraftComplete, serve_frame};
 use headstart_proto::{Epoch, Error, RequestId};
@@ -84,6 +84,7 @@ impl Job {
             stop_tokens: Arc::clone(stop_tokens),
             top_logprobs: self.top_logprobs.unwrap_or(0),
             draft: self.draft.as_ref().map(|draft| draft.policy),
+            known: Known::default(),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use headstart_engine::{Finish, Limits, Request, Sampling};
+use headstart_engine::{Finish, Known, Limits, Request, Sampling};
 use headstart_node::convert::{prompt, sampling};
 use headstart_proto::v1::{self, DraftEncoding, DraftEnd};
 use headstart_proto::{Epoch, Error, RequestId};
@@ -79,6 +79,7 @@ impl Job {
             stop_tokens: Arc::clone(stop_tokens),
             top_logprobs: 0,
             draft: None,
+            known: Known::default(),
         }
     }
 }

@@ -13,6 +13,6 @@ pub mod runner;
 pub mod step;
 
 pub use crate::core::sampling::Sampling;
-pub use crate::core::sequence::{Decision, DraftPolicy, Event, Finish, Judged, Request};
+pub use crate::core::sequence::{Decision, DraftPolicy, Event, Finish, Judged, Known, Request};
 pub use executor::{Executor, Limits, Scored, TokenId};
 pub use runner::{EngineHandle, EngineOptions, EngineStats, Generation, SubmitError};

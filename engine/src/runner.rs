@@ -194,6 +194,19 @@ impl EngineHandle {
         if request.max_tokens == 0 {
             return invalid("max_tokens", "expected at least 1".into());
         }
+        let answer = &request.known.answer;
+        if let Some(id) = answer.iter().find(|&&id| id as usize >= vocab_size) {
+            return invalid("known", format!("expected token ids below {vocab_size}, found {id}"));
+        }
+        // A draft may fill the answer; one that is being written has a token left to write.
+        let known_max = request.max_tokens - usize::from(request.draft.is_none());
+        if answer.len() > known_max {
+            let message = format!("expected at most {known_max} tokens, found {}", answer.len());
+            return invalid("known", message);
+        }
+        if request.known.scores.iter().any(|score| score.is_nan()) {
+            return invalid("known", "expected log-probabilities, found NaN".into());
+        }
         let room = context_length.min(pages * page_size);
         if request.prompt.len().saturating_add(request.max_tokens) > room {
             let (prompt, max) = (request.prompt.len(), request.max_tokens);

@@ -8,7 +8,7 @@ use headstart_engine::core::scheduler::SequenceId;
 use headstart_engine::executor::fake::{FakeExecutor, FakeOptions};
 use headstart_engine::executor::{ExecutorError, Found, Row};
 use headstart_engine::step::Engine;
-use headstart_engine::{DraftPolicy, Event, Executor, Finish, Limits, Request, Sampling, TokenId};
+use headstart_engine::{DraftPolicy, Event, Executor, Finish, Known, Limits, Request, Sampling, TokenId};
 use proptest::prelude::*;
 
 const STOP: TokenId = 0;
@@ -119,6 +119,7 @@ fn request(prompt: &[TokenId], max_tokens: usize, draft: DraftPolicy) -> Request
         stop_tokens: Arc::from([STOP]),
         top_logprobs: 0,
         draft: Some(draft),
+        known: Known::default(),
     }
 }
 

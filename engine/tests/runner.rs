@@ -6,7 +6,8 @@ use std::time::Duration;
 use headstart_engine::executor::fake::{FakeExecutor, FakeOptions, Gate};
 use headstart_engine::executor::{ExecutorError, Found, Row};
 use headstart_engine::{
-    DraftPolicy, EngineHandle, EngineOptions, Event, Executor, Finish, Limits, Request, Sampling,
+    DraftPolicy, EngineHandle, EngineOptions, Event, Executor, Finish, Known, Limits, Request,
+    Sampling,
     SubmitError,
 };
 
@@ -18,6 +19,7 @@ fn request(max_tokens: usize) -> Request {
         stop_tokens: Arc::from([0]),
         top_logprobs: 0,
         draft: None,
+        known: Known::default(),
     }
 }
 
@@ -91,6 +93,10 @@ async fn what_can_never_run_is_refused_by_name() {
     };
     assert_eq!(field(Request { prompt: vec![], ..request(1) }), "prompt");
     assert_eq!(field(Request { prompt: vec![512], ..request(1) }), "prompt");
+    let known = |answer, scores| Known { answer, scores };
+    assert_eq!(field(Request { known: known(vec![512], vec![]), ..request(2) }), "known");
+    assert_eq!(field(Request { known: known(vec![5], vec![]), ..request(1) }), "known");
+    assert_eq!(field(Request { known: known(vec![5], vec![f32::NAN]), ..request(2) }), "known");
     assert_eq!(field(request(0)), "max_tokens");
     assert_eq!(field(request(4094)), "max_tokens");
     assert_eq!(field(request(usize::MAX)), "max_tokens");

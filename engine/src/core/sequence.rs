@@ -5,6 +5,10 @@
 //! the pages. The result at position `j` is about token `j + 1`, so a reading sequence holds its
 //! last known token back until the next one, or the end of the draft, is known: this way no
 //! position is ever computed twice.
+//!
+//! An answer that was begun in another engine goes on here: its [`Known`] tokens follow the prompt
+//! as if they had been read or written here, so positions, penalties and the switch rule are what
+//! they would have been.
 
 use std::sync::Arc;
 
@@ -26,8 +30,21 @@ pub struct Request {
     pub stop_tokens: Arc<[TokenId]>,
     /// So many most likely tokens are reported at each position of the answer.
     pub top_logprobs: usize,
-    /// Set: somebody else begins the answer.
+    /// Set: somebody else begins the answer, and what becomes of the draft is not decided.
     pub draft: Option<DraftPolicy>,
+    /// What is known of the answer already.
+    pub known: Known,
+}
+
+/// The beginning of an answer that goes on here.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Known {
+    /// The answer's first tokens. While a draft is read they are its first ones: no switch before
+    /// the last of them is possible, and what [`Sequence::push_draft`] takes comes behind them.
+    pub answer: Vec<TokenId>,
+    /// `ln P` of the first draft tokens, none of them NaN; without effect if no draft is read.
+    /// What is not here is scored here.
+    pub scores: Vec<f32>,
 }
 
 /// How a draft is read (design §1).
@@ -125,6 +142,8 @@ enum Phase {
 pub struct Sequence {
     tokens: Vec<TokenId>,
     prompt_len: usize,
+    /// Tokens of the answer that were known from the start.
+    known_len: usize,
     computed: usize,
     max_tokens: usize,
     sampling: Sampling,
@@ -139,17 +158,27 @@ impl Sequence {
     /// A sequence with nothing computed.
     #[must_use]
     pub fn new(request: Request) -> Self {
+        let Known { answer, scores } = request.known;
         let phase = match request.draft {
-            Some(policy) => Phase::Reading(Reading {
-                policy,
-                rule: SwitchRule::new(policy.window, policy.threshold),
-                complete: false,
-            }),
+            Some(policy) => {
+                let rule = SwitchRule::new(policy.window, policy.threshold);
+                let mut rule = rule.with_accepted(answer.len());
+                // The last token's score may switch, and that is told together with its result.
+                for &score in scores.iter().take(answer.len().saturating_sub(1)) {
+                    rule.push(score);
+                }
+                let complete = answer.len() >= request.max_tokens;
+                Phase::Reading(Reading { policy, rule, complete })
+            }
             None => Phase::Writing,
         };
+        let (prompt_len, known_len) = (request.prompt.len(), answer.len());
+        let mut tokens = request.prompt;
+        tokens.extend(answer);
         Self {
-            prompt_len: request.prompt.len(),
-            tokens: request.prompt,
+            prompt_len,
+            known_len,
+            tokens,
             computed: 0,
             max_tokens: request.max_tokens,
             sampling: request.sampling,
@@ -232,11 +261,15 @@ impl Sequence {
         pages.into_iter().for_each(|page| self.pages.push(page));
     }
 
-    /// The tokens whose KV is in the pages for good: a draft that is not decided may still be cut.
+    /// The tokens whose KV is in the pages for good: a draft that is not decided may still be cut,
+    /// but not before the last token that was scored or is out.
     #[must_use]
     pub fn settled(&self) -> &[TokenId] {
-        match self.phase {
-            Phase::Reading(_) => &self.tokens[..self.computed.min(self.prompt_len)],
+        match &self.phase {
+            Phase::Reading(reading) => {
+                let certain = self.prompt_len + reading.rule.scored().max(self.known_len);
+                &self.tokens[..self.computed.min(certain)]
+            }
             _ => &self.tokens[..self.computed],
         }
     }

@@ -14,6 +14,7 @@ pub struct SwitchRule {
     ln_threshold: f64,
     recent: VecDeque<f64>,
     scored: usize,
+    floor: usize,
     switch: Option<usize>,
 }
 
@@ -26,8 +27,17 @@ impl SwitchRule {
             ln_threshold: threshold.ln(),
             recent: VecDeque::new(),
             scored: 0,
+            floor: 0,
             switch: None,
         }
+    }
+
+    /// A rule for a draft whose first `accepted` tokens are out already: none of them is taken back,
+    /// so no window that ends before the last of them switches, whatever its scores are here.
+    #[must_use]
+    pub fn with_accepted(mut self, accepted: usize) -> Self {
+        self.floor = accepted.saturating_sub(1);
+        self
     }
 
     /// Takes the log-probability of the next draft token. Returns whether the draft switches there.
@@ -43,7 +53,8 @@ impl SwitchRule {
         let index = self.scored;
         self.scored += 1;
         // The sum is taken anew each time: a running sum would never recover from a `-inf`.
-        let reached = self.recent.len() == self.window
+        let reached = index >= self.floor
+            && self.recent.len() == self.window
             && self.recent.iter().sum::<f64>() / self.window as f64 >= self.ln_threshold;
         if reached {
             self.switch = Some(index);
@@ -124,6 +135,17 @@ mod tests {
         assert!(rule.push(0.0));
         assert!(!rule.push(0.0));
         assert_eq!((rule.switch(), rule.scored()), (Some(0), 1));
+    }
+
+    #[test]
+    fn accepted_tokens_are_not_taken_back() {
+        for (accepted, expected) in [(0, 1), (1, 1), (2, 1), (3, 2), (5, 4)] {
+            let mut rule = SwitchRule::new(2, 0.5).with_accepted(accepted);
+            (0..6).for_each(|_| {
+                rule.push(0.0);
+            });
+            assert_eq!(rule.switch(), Some(expected), "{accepted} accepted");
+        }
     }
 
     proptest! {

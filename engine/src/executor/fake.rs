@@ -5,6 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::{Executor, ExecutorError, Found, Limits, Row, Scored, TokenId};
+use crate::core::sampling::{Scratch, sample};
 
 /// How a [`FakeExecutor`] behaves.
 #[derive(Clone, Debug)]
@@ -127,6 +128,20 @@ impl Executor for FakeExecutor {
 }
 
 impl FakeExecutor {
+    /// The token that `row`'s sampling chooses after `context`, whose likeliest one is `next`.
+    fn sampled(&self, row: &Row<'_>, context: &[TokenId], next: TokenId) -> TokenId {
+        if row.sampling.is_plain_greedy() {
+            return next;
+        }
+        let FakeOptions { limits, first_token, .. } = &self.options;
+        let other = ((1.0 - Self::CONFIDENCE) / (limits.vocab_size as f32 - 1.0)).ln();
+        let mut logits = vec![other; limits.vocab_size];
+        logits[..*first_token as usize].fill(f32::NEG_INFINITY);
+        logits[next as usize] = Self::CONFIDENCE.ln();
+        let history = &context[row.answer_start..];
+        sample(&mut logits, history, history.len(), row.sampling, &mut Scratch::default())
+    }
+
     fn answer(&self, row: &Row<'_>) -> Vec<Found> {
         row.probes
             .iter()
@@ -137,7 +152,7 @@ impl FakeExecutor {
                 let others = (0..self.options.limits.vocab_size as TokenId).filter(|&t| t != next);
                 Found {
                     target: probe.target.map(|token| self.logprob(context, token)),
-                    sampled: probe.sample.then(|| scored(next)),
+                    sampled: probe.sample.then(|| scored(self.sampled(row, context, next))),
                     top: std::iter::once(next).chain(others).take(probe.top).map(scored).collect(),
                 }
             })

@@ -8,7 +8,7 @@ use headstart_engine::core::sequence::Event;
 use headstart_engine::executor::cpu::{CpuExecutor, CpuOptions};
 use headstart_engine::model::{LoadOptions, Model, WeightDtype};
 use headstart_engine::step::Engine;
-use headstart_engine::{Executor, Request, Sampling, TokenId};
+use headstart_engine::{Executor, Known, Request, Sampling, TokenId};
 
 use super::plan::{Figure, Plan};
 use crate::failure::Failure;
@@ -159,6 +159,7 @@ impl Ours {
                 stop_tokens: Arc::new([]),
                 top_logprobs: 0,
                 draft: None,
+                known: Known::default(),
             });
         }
         let begun = Instant::now();
