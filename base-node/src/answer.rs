@@ -47,6 +47,30 @@ pub enum Body {
         /// Tokens of the answer.
         answer_tokens: usize,
     },
+    /// Another base is to go on.
+    Moved {
+        /// `ln P` of the first draft tokens; empty once the draft is decided.
+        scores: Vec<f32>,
+    },
+}
+
+impl Body {
+    /// Whether nothing comes after it.
+    #[must_use]
+    pub fn is_last(&self) -> bool {
+        matches!(self, Self::Finished { .. } | Self::Moved { .. })
+    }
+}
+
+/// What an answer that goes on here has already.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Begun {
+    /// Its tokens that are out.
+    pub answer: Vec<TokenId>,
+    /// The draft's fate, once decided; until then `answer` are the draft's first tokens.
+    pub decision: Option<Decision>,
+    /// `ln P` of the first draft tokens, fewer than `answer` has.
+    pub scores: Vec<f32>,
 }
 
 /// See the [module](self).
@@ -56,11 +80,17 @@ pub struct Answer {
     max_tokens: usize,
     wants_logprobs: bool,
     draft: Vec<TokenId>,
+    /// Of the draft tokens that were scored here.
     judged: Vec<Judged>,
-    scored: usize,
+    /// The first of them.
+    judged_from: usize,
+    /// Of all draft tokens that were scored, wherever.
+    scores: Vec<f32>,
     kept: Option<usize>,
-    /// Tokens in the frames made so far.
+    /// Tokens in the frames made so far, and in those of earlier attempts.
     released: usize,
+    /// The last frame was made.
+    over: bool,
     frames: VecDeque<Frame>,
 }
 
@@ -75,11 +105,26 @@ impl Answer {
             wants_logprobs,
             draft: Vec::new(),
             judged: Vec::new(),
-            scored: 0,
+            judged_from: 0,
+            scores: Vec::new(),
             kept: None,
             released: 0,
+            over: false,
             frames: VecDeque::new(),
         }
+    }
+
+    /// Goes on behind what is out already.
+    #[must_use]
+    pub fn with_begun(mut self, begun: &Begun) -> Self {
+        self.released = begun.answer.len();
+        self.kept = begun.decision.map(|decision| decision.kept);
+        if begun.decision.is_none() {
+            self.draft.clone_from(&begun.answer);
+            self.scores.clone_from(&begun.scores);
+            self.judged_from = begun.scores.len();
+        }
+        self
     }
 
     /// Takes draft tokens; what exceeds the answer's limit is no part of it.
@@ -93,7 +138,7 @@ impl Answer {
     pub fn take(&mut self, event: Event) {
         match event {
             Event::Read { scores, decision, .. } => {
-                self.scored += scores.len();
+                self.scores.extend(scores.iter().map(|judged| judged.token.logprob));
                 if self.wants_logprobs {
                     self.judged.extend(scores);
                 }
@@ -113,6 +158,18 @@ impl Answer {
         }
     }
 
+    /// Ends the frames here: another base goes on behind them.
+    pub fn move_on(&mut self) {
+        let scores = if self.kept.is_none() { self.scores.clone() } else { Vec::new() };
+        self.push(Body::Moved { scores });
+    }
+
+    /// Whether the last frame was made.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.over
+    }
+
     /// Whether a frame waits.
     #[must_use]
     pub fn has_frame(&self) -> bool {
@@ -125,13 +182,17 @@ impl Answer {
     }
 
     fn release_draft(&mut self) {
-        let mut certain = certain_tokens(self.window, self.draft.len(), self.scored, self.kept);
+        let scored = self.scores.len();
+        let mut certain = certain_tokens(self.window, self.draft.len(), scored, self.kept);
         if self.wants_logprobs {
-            certain = certain.min(self.judged.len());
+            certain = certain.min(self.judged_from + self.judged.len());
         }
         if certain > self.released {
             let ids = self.draft[self.released..certain].to_vec();
-            let judged = self.judged.get(self.released..certain).unwrap_or_default().to_vec();
+            // What is not out yet was scored here.
+            let wanted = self.released.checked_sub(self.judged_from).map(|at| at..at + ids.len());
+            let judged = wanted.and_then(|wanted| self.judged.get(wanted)).unwrap_or_default();
+            let judged = judged.to_vec();
             self.push_tokens(Source::Drafter, &ids, judged);
         }
     }
@@ -153,6 +214,7 @@ impl Answer {
     }
 
     fn push(&mut self, body: Body) {
+        self.over |= body.is_last();
         self.frames.push_back(Frame { position: self.released, body });
     }
 }
@@ -185,6 +247,7 @@ mod tests {
                     format!("{position}s {switched} {kept}/{drafted}")
                 }
                 Body::Finished { answer_tokens, .. } => format!("{position}f {answer_tokens}"),
+                Body::Moved { scores } => format!("{position}m {}", scores.len()),
             });
         }
         words.join(" ")
@@ -217,6 +280,26 @@ mod tests {
         assert_eq!(show(&mut answer), "");
         answer.take(read(0, &[10], None));
         assert_eq!(show(&mut answer), "0d[10]");
+    }
+
+    #[test]
+    fn an_answer_goes_on_behind_what_is_out() {
+        let begun = Begun { answer: vec![10, 11, 12, 13], decision: None, scores: vec![-0.5; 3] };
+        let mut answer = Answer::new(3, 100, true).with_begun(&begun);
+        answer.push_draft(&[14, 15]);
+        assert_eq!(show(&mut answer), "");
+        answer.take(read(3, &[13, 14], None));
+        assert_eq!(show(&mut answer), "4d[14]");
+        answer.move_on();
+        assert_eq!(show(&mut answer), "5m 5");
+        assert!(answer.is_over());
+
+        let kept = Decision { switched: true, kept: 4, drafted: 4 };
+        let begun = Begun { decision: Some(kept), ..begun };
+        let mut answer = Answer::new(3, 100, true).with_begun(&begun);
+        answer.take(wrote(4, 20));
+        answer.move_on();
+        assert_eq!(show(&mut answer), "4b[20] 5m 0");
     }
 
     #[test]

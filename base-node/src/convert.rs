@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
-use headstart_engine::{DraftPolicy, Finish, Judged, Known, Limits, Request, Sampling, Scored};
+use headstart_engine::{
+    Decision, DraftPolicy, Finish, Judged, Known, Limits, Request, Sampling, Scored,
+};
 use headstart_node::convert::{prompt, sampling};
-use headstart_proto::v1::{self, DraftEncoding, OnDraftComplete, serve_frame};
+use headstart_proto::v1::{self, DraftEncoding, DraftEnd, OnDraftComplete, serve_frame};
 use headstart_proto::{Epoch, Error, RequestId};
 
-use crate::answer::{Body, Frame, Source};
+use crate::answer::{Begun, Body, Frame, Source};
 
 /// Alternatives a position may report at most.
 const TOP_LOGPROBS_MAX: u32 = 20;
@@ -33,6 +35,12 @@ pub struct Job {
     pub top_logprobs: Option<usize>,
     /// Unset: nobody begins this answer.
     pub draft: Option<DraftJob>,
+    /// What is out already.
+    pub begun: Begun,
+    /// Another base goes on once the draft is decided.
+    pub move_when_decided: bool,
+    /// Another base could go on.
+    pub movable: bool,
 }
 
 /// A valid [`v1::DraftPolicy`].
@@ -62,6 +70,10 @@ impl Job {
             return Err(Error::invalid("top_logprobs", message));
         }
         let draft = request.draft.map(|draft| draft_job(&draft, limits)).transpose()?;
+        let begun = match request.resume {
+            Some(resume) => begun(resume, request.max_tokens, draft.as_ref(), limits)?,
+            None => Begun::default(),
+        };
         Ok(Self {
             id,
             epoch,
@@ -71,22 +83,91 @@ impl Job {
             sampling: sampling(&request.sampling.unwrap_or_default(), 1.0)?,
             top_logprobs: request.top_logprobs.map(|top| top as usize),
             draft,
+            begun,
+            move_when_decided: request.move_when_decided,
+            movable: request.movable,
         })
+    }
+
+    /// Whether a draft is read: somebody begins the answer, and how it ends is not decided.
+    #[must_use]
+    pub fn reads(&self) -> bool {
+        self.draft.is_some() && self.begun.decision.is_none()
+    }
+
+    /// Why nothing is left to write, if so.
+    #[must_use]
+    pub fn is_whole(&self) -> Option<Finish> {
+        let known = self.begun.answer.len();
+        if self.reads() {
+            return None;
+        }
+        if known >= self.max_tokens {
+            return Some(Finish::Length);
+        }
+        let (Some(decision), Some(draft)) = (self.begun.decision, &self.draft) else {
+            return None;
+        };
+        let goes_on = match decision.kept {
+            _ if decision.switched || known > decision.kept => true,
+            0 => draft.policy.continue_empty,
+            _ => draft.policy.continue_complete,
+        };
+        (!goes_on).then_some(Finish::Stop)
     }
 
     /// What the engine is asked.
     #[must_use]
     pub fn engine_request(&self, stop_tokens: &Arc<[u32]>) -> Request {
+        let Begun { answer, scores, .. } = self.begun.clone();
         Request {
             prompt: self.prompt.clone(),
             max_tokens: self.max_tokens,
             sampling: self.sampling.clone(),
             stop_tokens: Arc::clone(stop_tokens),
             top_logprobs: self.top_logprobs.unwrap_or(0),
-            draft: self.draft.as_ref().map(|draft| draft.policy),
-            known: Known::default(),
+            draft: self.draft.as_ref().filter(|_| self.reads()).map(|draft| draft.policy),
+            known: Known { answer, scores },
         }
     }
+}
+
+fn begun(
+    resume: v1::Resume,
+    max_tokens: u32,
+    draft: Option<&DraftJob>,
+    limits: Limits,
+) -> Result<Begun, Error> {
+    let v1::Resume { answer_ids: answer, decision, mut scores, .. } = resume;
+    let invalid = |field: &str, message| Err(Error::invalid(format!("resume.{field}"), message));
+    if let Some(id) = answer.iter().find(|&&id| id as usize >= limits.vocab_size) {
+        let message = format!("expected ids below {}, found {id}", limits.vocab_size);
+        return invalid("answer_ids", message);
+    }
+    if answer.len() > max_tokens as usize {
+        let message = format!("expected at most {max_tokens} ids, found {}", answer.len());
+        return invalid("answer_ids", message);
+    }
+    if scores.iter().any(|score| score.is_nan()) {
+        return invalid("scores", "expected log-probabilities, found NaN".into());
+    }
+    // The last known token is scored again: its score may switch.
+    scores.truncate(answer.len().saturating_sub(1));
+    let decision = match decision {
+        Some(_) if draft.is_none() => {
+            return invalid("decision", "expected none, since no drafter begins".into());
+        }
+        Some(decision) if decision.kept_tokens as usize > answer.len() => {
+            let (kept, known) = (decision.kept_tokens, answer.len());
+            return invalid("decision", format!("expected {kept} draft tokens, found {known}"));
+        }
+        decision => decision.map(|decision| Decision {
+            switched: decision.by_threshold,
+            kept: decision.kept_tokens as usize,
+            drafted: decision.drafted_tokens as usize,
+        }),
+    };
+    Ok(Begun { answer, decision, scores })
 }
 
 fn draft_job(draft: &v1::DraftPolicy, limits: Limits) -> Result<DraftJob, Error> {
@@ -115,6 +196,12 @@ fn draft_job(draft: &v1::DraftPolicy, limits: Limits) -> Result<DraftJob, Error>
     Ok(DraftJob { policy, encoding, vocab_size: limits.vocab_size })
 }
 
+/// What a drafter is told when its draft is decided.
+#[must_use]
+pub fn stop_reason(decision: Decision) -> DraftEnd {
+    if decision.switched { DraftEnd::Switched } else { DraftEnd::Aborted }
+}
+
 /// The wire form of a frame.
 #[must_use]
 pub fn frame(job: &Job, frame: Frame) -> v1::ServeFrame {
@@ -140,6 +227,7 @@ pub fn frame(job: &Job, frame: Frame) -> v1::ServeFrame {
             prompt_tokens: job.prompt.len() as u32,
             completion_tokens: answer_tokens as u32,
         }),
+        Body::Moved { scores } => serve_frame::Event::Moved(v1::Moved { kv: None, scores }),
     };
     v1::ServeFrame {
         request_id: job.id.to_string(),
@@ -188,6 +276,9 @@ mod tests {
         fn sampling(request: &mut v1::ServeRequest) -> &mut v1::Sampling {
             request.sampling.get_or_insert_default()
         }
+        fn resume(request: &mut v1::ServeRequest) -> &mut v1::Resume {
+            request.resume.get_or_insert_default()
+        }
         let cases: &[(&str, Spoil)] = &[
             ("request_id", |r| r.request_id = String::new()),
             ("epoch", |r| r.epoch = 0),
@@ -201,6 +292,16 @@ mod tests {
             ("draft.threshold", |r| draft(r).threshold = 1.5),
             ("draft.threshold", |r| draft(r).threshold = f32::NAN),
             ("draft.encoding", |r| draft(r).encoding = 0),
+            ("resume.answer_ids", |r| resume(r).answer_ids = vec![10]),
+            ("resume.answer_ids", |r| resume(r).answer_ids = vec![1; 5]),
+            ("resume.scores", |r| resume(r).scores = vec![f32::NAN]),
+            ("resume.decision", |r| {
+                resume(r).decision = Some(v1::Switched { kept_tokens: 1, ..Default::default() });
+            }),
+            ("resume.decision", |r| {
+                resume(r).decision = Some(v1::Switched::default());
+                r.draft = None;
+            }),
             ("sampling.temperature", |r| sampling(r).temperature = Some(f32::NAN)),
             ("sampling.top_p", |r| sampling(r).top_p = Some(0.0)),
             ("sampling.min_p", |r| sampling(r).min_p = Some(-0.1)),
@@ -212,6 +313,39 @@ mod tests {
             spoil(&mut request);
             let error = Job::new(request, LIMITS).expect_err(field);
             assert_eq!(error.field.as_deref(), Some(*field));
+        }
+    }
+
+    #[test]
+    fn what_is_whole_is_not_written_on() {
+        let cases = [
+            // known, by the threshold, kept, continue complete, continue empty
+            (0, None, true, true, None),
+            (4, None, true, true, None),
+            (2, Some((true, 2)), true, true, None),
+            (4, Some((true, 2)), true, true, Some(Finish::Length)),
+            (2, Some((false, 2)), true, true, None),
+            (2, Some((false, 2)), false, true, Some(Finish::Stop)),
+            (3, Some((false, 2)), false, true, None),
+            (0, Some((false, 0)), true, true, None),
+            (0, Some((false, 0)), true, false, Some(Finish::Stop)),
+        ];
+        for (known, decision, complete, empty, expected) in cases {
+            let mut request = request();
+            let draft = request.draft.as_mut().expect("set above");
+            draft.continue_empty_draft = empty;
+            if !complete {
+                draft.on_draft_complete = OnDraftComplete::Finish.into();
+            }
+            let decision = decision.map(|(by_threshold, kept_tokens)| v1::Switched {
+                by_threshold,
+                kept_tokens,
+                drafted_tokens: kept_tokens,
+            });
+            let answer_ids = vec![1; known];
+            request.resume = Some(v1::Resume { answer_ids, decision, ..Default::default() });
+            let job = Job::new(request, LIMITS).expect("valid");
+            assert_eq!(job.is_whole(), expected, "{known} known, {decision:?}");
         }
     }
 

@@ -11,7 +11,7 @@ pub fn describe() {
     describe_counter!("headstart_base_requests_started_total", "Requests that came in.");
     describe_counter!(
         "headstart_base_requests_total",
-        "Requests that ended, by outcome: stop, length, cancelled, or an error code."
+        "Requests that ended, by outcome: stop, length, moved, cancelled, or an error code."
     );
     describe_counter!(
         "headstart_base_draft_received_total",

@@ -1,24 +1,21 @@
 //! The `Base` service: `Serve` opens a session, `Handoff` brings it its draft.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use headstart_engine::EngineHandle;
 use headstart_node::Host;
 use headstart_node::convert::refused;
 use headstart_proto::v1::{self, DraftEnd, base_server::Base, handoff_frame, handoff_reply};
 use headstart_proto::{Epoch, Error, ErrorCode, RequestId};
-use headstart_text::Tokenizer;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::convert::Job;
+use crate::convert::{self, Job};
 use crate::metrics;
-use crate::rendezvous::{DraftInput, Link, Rendezvous};
-use crate::session::Session;
+use crate::rendezvous::{self, DraftInput, Link, Rendezvous};
+use crate::session::{Session, Shared};
 
 /// Frames that wait for the router at most; tokens beyond gather in the last one.
 const FRAME_QUEUE: usize = 8;
@@ -28,12 +25,9 @@ const REPLY_QUEUE: usize = 2;
 /// See the [module](self).
 pub struct BaseService {
     engine: EngineHandle,
-    tokenizer: Tokenizer,
     stop_tokens: Arc<[u32]>,
     rendezvous: Arc<Rendezvous>,
-    handoff_timeout: Duration,
-    /// Cancelled when the node takes no new requests.
-    draining: CancellationToken,
+    shared: Shared,
     sessions: TaskTracker,
 }
 
@@ -44,11 +38,13 @@ impl BaseService {
         let waiting = 2 * host.engine.stats().slots;
         Self {
             engine: host.engine.clone(),
-            tokenizer: host.text.tokenizer().clone(),
             stop_tokens: host.text.stop_tokens().into(),
             rendezvous: Rendezvous::new(waiting),
-            handoff_timeout: host.handoff_timeout,
-            draining: host.draining.clone(),
+            shared: Shared {
+                tokenizer: host.text.tokenizer().clone(),
+                handoff_timeout: host.handoff_timeout,
+                draining: host.draining.clone(),
+            },
             sessions: host.sessions.clone(),
         }
     }
@@ -57,19 +53,25 @@ impl BaseService {
         &self,
         request: v1::ServeRequest,
     ) -> Result<mpsc::Receiver<Result<v1::ServeFrame, Status>>, Error> {
-        if self.draining.is_cancelled() {
+        if self.shared.draining.is_cancelled() {
             return Err(Error::new(ErrorCode::Draining, "the base is draining"));
         }
         let job = Job::new(request, self.engine.limits())?;
         let seat = match job.draft {
-            Some(_) => Some(self.rendezvous.open(&job.id, job.epoch)?),
+            Some(_) => {
+                let decided = job.begun.decision.map(convert::stop_reason);
+                Some(self.rendezvous.open(&job.id, job.epoch, decided)?)
+            }
             None => None,
         };
-        let generation =
-            self.engine.submit(job.engine_request(&self.stop_tokens)).map_err(refused)?;
+        let generation = match job.is_whole() {
+            Some(_) => None,
+            None => {
+                Some(self.engine.submit(job.engine_request(&self.stop_tokens)).map_err(refused)?)
+            }
+        };
         let (frames, receiver) = mpsc::channel(FRAME_QUEUE);
-        let session =
-            Session::new(job, generation, seat, &self.tokenizer, frames, self.handoff_timeout)?;
+        let session = Session::new(job, generation, seat, frames, self.shared.clone())?;
         self.sessions.spawn(session.run());
         Ok(receiver)
     }
@@ -96,7 +98,8 @@ impl Base for BaseService {
         request: Request<Streaming<v1::HandoffFrame>>,
     ) -> Result<Response<Self::HandoffStream>, Status> {
         let mut frames = request.into_inner();
-        let opening = tokio::time::timeout(self.handoff_timeout, frames.message()).await;
+        let patience = self.shared.handoff_timeout;
+        let opening = tokio::time::timeout(patience, frames.message()).await;
         let first = opening
             .map_err(|_| Error::new(ErrorCode::DeadlineExceeded, "the handoff was not opened"))??
             .ok_or_else(|| Error::new(ErrorCode::Protocol, "expected an opening frame"))?;
@@ -105,15 +108,24 @@ impl Base for BaseService {
         let Some(handoff_frame::Event::Open(open)) = first.event else {
             return Err(Error::new(ErrorCode::Protocol, "expected an opening frame").into());
         };
-        let link = self.rendezvous.join(&id, epoch, self.handoff_timeout).await?;
-        let encoding = open.encoding();
-        let input =
-            DraftInput::Open { tokenizer_fingerprint: open.tokenizer_fingerprint, encoding };
-        let gone = || Error::new(ErrorCode::NotFound, format!("request {id} is over"));
-        link.input.send(input).await.map_err(|_| gone())?;
+        let opening = rendezvous::Handoff {
+            serve_epoch: Epoch::new(open.serve_epoch).map_err(Error::from)?,
+            epoch,
+            encoding: open.encoding(),
+            tokenizer_fingerprint: open.tokenizer_fingerprint,
+        };
+        let mut link = self.rendezvous.join(&id, &opening, patience).await?;
+        let position = match (&mut link.welcome).await {
+            Ok(welcome) => Some(welcome?),
+            Err(_) => None,
+        };
         let (replies, receiver) = mpsc::channel(REPLY_QUEUE);
-        let handoff = Handoff { id, epoch, position: 0, frames, replies };
-        tokio::spawn(handoff.run(link));
+        let handoff = Handoff { id, epoch, position: position.unwrap_or(0), frames, replies };
+        if position.is_some() {
+            tokio::spawn(handoff.run(link));
+        } else {
+            handoff.stop(stopped(&mut link.stop).await).await;
+        }
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
@@ -138,7 +150,8 @@ struct Handoff {
 
 impl Handoff {
     async fn run(mut self, mut link: Link) {
-        self.reply(handoff_reply::Event::Accepted(v1::HandoffAccepted { drafted: 0 })).await;
+        let drafted = self.position;
+        self.reply(handoff_reply::Event::Accepted(v1::HandoffAccepted { drafted })).await;
         loop {
             tokio::select! {
                 biased;
@@ -185,13 +198,17 @@ impl Handoff {
         }
         match frame.event {
             Some(handoff_frame::Event::Tokens(_)) if frame.position < self.position => Ok(None),
-            Some(handoff_frame::Event::Tokens(tokens)) => {
-                self.position = self.position.saturating_add(tokens.count);
-                metrics::draft_received(tokens.count);
-                Ok(Some(if tokens.ids.is_empty() {
-                    DraftInput::Text(tokens.text)
+            Some(handoff_frame::Event::Tokens(v1::DraftTokens { count, ids, text })) => {
+                if !ids.is_empty() && ids.len() != count as usize {
+                    let message = format!("expected {count} draft ids, found {}", ids.len());
+                    return Err(Error::new(ErrorCode::Protocol, message));
+                }
+                self.position = self.position.saturating_add(count);
+                metrics::draft_received(count);
+                Ok(Some(if ids.is_empty() {
+                    DraftInput::Text { count, text }
                 } else {
-                    DraftInput::Ids(tokens.ids)
+                    DraftInput::Ids(ids)
                 }))
             }
             Some(handoff_frame::Event::Ended(_)) => Ok(Some(DraftInput::Ended)),

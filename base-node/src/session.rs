@@ -2,83 +2,74 @@
 //!
 //! It reads the draft, feeds the engine, and sends frames. Everything the request holds (its place
 //! at the rendezvous, its engine slot, its KV pages) is given back when the task ends, however it
-//! ends; the drafter is told to stop in the moment the draft is decided.
+//! ends; the drafter is told to stop in the moment the draft is decided. A drafter that is lost
+//! before may be followed by another one.
 
 use std::time::{Duration, Instant};
 
 use headstart_engine::{Decision, Event, Finish, Generation, SubmitError};
-use headstart_proto::v1::{self, DraftEncoding, DraftEnd};
+use headstart_proto::v1::{self, DraftEnd};
 use headstart_proto::{Error, ErrorCode};
-use headstart_text::{DraftEncoder, Tokenizer};
+use headstart_text::Tokenizer;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::answer::{Answer, Body};
-use crate::convert::{self, DraftJob, Job};
+use crate::convert::{self, Job};
 use crate::metrics;
-use crate::rendezvous::{DraftInput, Seat};
+use crate::reading::Reading;
+use crate::rendezvous::{DraftInput, Line, Seat, Visitor};
 
-/// What a session runs on.
+/// What the sessions of a node share.
+#[derive(Clone)]
+pub struct Shared {
+    /// The base's.
+    pub tokenizer: Tokenizer,
+    /// How long a session waits for a drafter.
+    pub handoff_timeout: Duration,
+    /// Cancelled when the node drains: sessions that can go on elsewhere do.
+    pub draining: CancellationToken,
+}
+
+/// See the [module](self).
 pub struct Session {
     job: Job,
-    generation: Generation,
+    /// `None` if nothing is left to write.
+    generation: Option<Generation>,
     answer: Answer,
+    /// Kept to the end, so that drafters that come late are told.
+    seat: Option<Seat>,
+    /// Set while a draft is read.
     draft: Option<Reading>,
+    /// The drafter that is here.
+    line: Option<Line>,
     frames: mpsc::Sender<Result<v1::ServeFrame, Status>>,
-    handoff_timeout: Duration,
+    shared: Shared,
     decided: Option<Instant>,
-}
-
-/// A draft under way.
-struct Reading {
-    seat: Seat,
-    job: DraftJob,
-    tokenizer: Tokenizer,
-    /// Set for a draft that comes as text.
-    encoder: Option<DraftEncoder>,
-    state: ReadingState,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum ReadingState {
-    /// No drafter has come yet.
-    Waiting,
-    Open,
-    /// The draft is over, or decided.
-    Closed,
 }
 
 impl Session {
     /// A session for `job`, which the engine has taken as `generation`.
     ///
     /// # Errors
-    /// A draft that cannot be read with `tokenizer`.
+    /// A draft that cannot be read with the base's tokenizer.
     pub fn new(
         job: Job,
-        generation: Generation,
+        generation: Option<Generation>,
         seat: Option<Seat>,
-        tokenizer: &Tokenizer,
         frames: mpsc::Sender<Result<v1::ServeFrame, Status>>,
-        handoff_timeout: Duration,
+        shared: Shared,
     ) -> Result<Self, Error> {
         let window = job.draft.as_ref().map_or(1, |draft| draft.policy.window);
         let answer = Answer::new(window, job.max_tokens, job.top_logprobs.is_some());
-        let draft = match (seat, job.draft.clone()) {
-            (Some(seat), Some(draft)) => {
-                let encoder = match draft.encoding {
-                    DraftEncoding::Text => Some(
-                        DraftEncoder::new(tokenizer, &job.prompt_text, &job.prompt)
-                            .map_err(|error| Error::invalid("prompt_text", error.to_string()))?,
-                    ),
-                    _ => None,
-                };
-                let (tokenizer, state) = (tokenizer.clone(), ReadingState::Waiting);
-                Some(Reading { seat, job: draft, tokenizer, encoder, state })
-            }
+        let answer = answer.with_begun(&job.begun);
+        let draft = match &job.draft {
+            Some(draft) if job.reads() => Some(Reading::new(&job, draft, &shared.tokenizer)?),
             _ => None,
         };
-        let decided = None;
-        Ok(Self { job, generation, answer, draft, frames, handoff_timeout, decided })
+        let (line, decided) = (None, None);
+        Ok(Self { job, generation, answer, seat, draft, line, frames, shared, decided })
     }
 
     /// Runs to the answer's end, or until the router hangs up.
@@ -95,43 +86,59 @@ impl Session {
     }
 
     async fn serve(&mut self) -> Result<&'static str, Error> {
-        let patience = tokio::time::sleep(self.handoff_timeout);
+        if let Some(reason) = self.job.is_whole() {
+            let answer_tokens = self.job.begun.answer.len();
+            self.answer.take(Event::Finished { reason, answer_tokens });
+        }
+        let patience = tokio::time::sleep(self.shared.handoff_timeout);
         tokio::pin!(patience);
-        let frames = self.frames.clone();
+        let (frames, draining) = (self.frames.clone(), self.shared.draining.clone());
         loop {
-            let waiting = self.draft.as_ref().is_some_and(|d| d.state == ReadingState::Waiting);
-            let reading = self.draft.as_ref().is_some_and(|d| d.state != ReadingState::Closed);
+            let on = !self.answer.is_over();
+            let reading = on && self.draft.as_ref().is_some_and(|draft| !draft.is_complete());
+            let here = self.line.is_some();
             tokio::select! {
                 biased;
                 permit = frames.reserve(), if self.answer.has_frame() => {
                     let Ok(permit) = permit else { return Ok("cancelled") };
                     let Some(frame) = self.answer.next_frame() else { continue };
-                    let finished = match frame.body {
-                        Body::Finished { reason, .. } => Some(reason),
-                        _ => None,
-                    };
+                    let outcome = outcome(&frame.body);
                     permit.send(Ok(convert::frame(&self.job, frame)));
-                    match finished {
-                        Some(Finish::Stop) => return Ok("stop"),
-                        Some(Finish::Length) => return Ok("length"),
-                        None => {}
+                    if let Some(outcome) = outcome {
+                        return Ok(outcome);
                     }
                 }
                 () = frames.closed() => return Ok("cancelled"),
-                event = self.generation.next() => {
+                () = draining.cancelled(), if on && self.job.movable => self.answer.move_on(),
+                event = happens(&mut self.generation), if on => {
                     let mut next = Some(event.ok_or_else(|| Error::internal("the engine has stopped"))?);
                     while let Some(event) = next {
                         self.take(event)?;
-                        next = self.generation.try_next();
+                        next = self.generation.as_mut().and_then(Generation::try_next);
+                    }
+                    if self.job.move_when_decided && self.decided() && !self.answer.is_over() {
+                        self.answer.move_on();
                     }
                 }
-                input = receive(&mut self.draft), if reading => self.read(input).await?,
-                () = &mut patience, if waiting => {
-                    let message = format!("no drafter came within {:?}", self.handoff_timeout);
+                // A drafter that comes when the draft is complete is told to stop.
+                visitor = arrives(&self.seat), if on && self.draft.is_some() => self.meet(visitor?),
+                input = says(&mut self.line), if reading && here => {
+                    self.read(input).await?;
+                    if self.line.is_none() {
+                        patience.as_mut().reset(tokio::time::Instant::now() + self.shared.handoff_timeout);
+                    }
+                }
+                () = &mut patience, if reading && !here => {
+                    let message = format!("no drafter came within {:?}", self.shared.handoff_timeout);
                     return Err(Error::new(ErrorCode::DeadlineExceeded, message));
                 }
             }
         }
+    }
+
+    /// Whether a draft was read here and is decided.
+    fn decided(&self) -> bool {
+        self.job.reads() && self.draft.is_none()
     }
 
     fn take(&mut self, event: Event) -> Result<(), Error> {
@@ -154,94 +161,88 @@ impl Session {
     fn decide(&mut self, decision: Decision) {
         metrics::draft_decided(decision);
         self.decided = Some(Instant::now());
-        if let Some(draft) = &mut self.draft {
-            draft.state = ReadingState::Closed;
-            let reason = if decision.switched { DraftEnd::Switched } else { DraftEnd::Aborted };
-            draft.seat.stop.send_replace(Some(reason));
+        self.draft = None;
+        let reason = convert::stop_reason(decision);
+        if let Some(seat) = &self.seat {
+            seat.decide(reason);
+        }
+        self.dismiss(reason);
+    }
+
+    /// Lets a drafter go on with the draft; the one that was here before is told to stop.
+    fn meet(&mut self, visitor: Visitor) {
+        let Some(draft) = self.draft.as_mut().filter(|draft| !draft.is_complete()) else {
+            return;
+        };
+        match draft.open(&visitor.handoff) {
+            Ok(drafted) => {
+                self.dismiss(DraftEnd::Aborted);
+                // One that is gone already closes its line.
+                let _ = visitor.welcome.send(Ok(drafted));
+                self.line = Some(visitor.line);
+            }
+            Err(error) => {
+                let _ = visitor.welcome.send(Err(error));
+            }
+        }
+    }
+
+    fn dismiss(&mut self, reason: DraftEnd) {
+        if let Some(line) = self.line.take() {
+            line.stop.send_replace(Some(reason));
         }
     }
 
     async fn read(&mut self, input: Option<DraftInput>) -> Result<(), Error> {
-        let Some(draft) = &mut self.draft else {
+        let Some(input) = input else {
+            // The drafter was lost. The router knows, and sends another.
+            self.line = None;
             return Ok(());
         };
-        let ids = match input {
-            None => {
-                let message = "the drafter was lost before the base took over";
-                return Err(Error::unavailable(message));
-            }
-            Some(DraftInput::Open { tokenizer_fingerprint, encoding }) => {
-                draft.open(&tokenizer_fingerprint, encoding)?;
-                return Ok(());
-            }
-            Some(DraftInput::Ids(ids)) => draft.check(ids)?,
-            Some(DraftInput::Text(text)) => draft.encode(&text)?,
-            Some(DraftInput::Ended) => {
-                draft.state = ReadingState::Closed;
-                draft.finish()?
-            }
+        let (Some(draft), Some(generation)) = (&mut self.draft, &self.generation) else {
+            return Ok(());
         };
-        let ended = draft.state == ReadingState::Closed;
+        let ids = draft.take(input)?;
+        let complete = draft.is_complete();
         if !ids.is_empty() {
             // The first `window` tokens leave here, before the engine has seen them.
             self.answer.push_draft(&ids);
-            self.generation.draft().push(ids).await.map_err(stopped)?;
+            generation.draft().push(ids).await.map_err(stopped)?;
         }
-        if ended {
-            self.generation.draft().end().await.map_err(stopped)?;
+        if complete {
+            generation.draft().end().await.map_err(stopped)?;
         }
         Ok(())
     }
 }
 
-impl Reading {
-    fn open(&mut self, fingerprint: &str, encoding: DraftEncoding) -> Result<(), Error> {
-        let own = self.tokenizer.fingerprint();
-        if encoding != self.job.encoding {
-            let message =
-                format!("expected a draft as {:?}, found {encoding:?}", self.job.encoding);
-            return Err(Error::new(ErrorCode::Mismatch, message).with_field("encoding"));
-        }
-        if encoding == DraftEncoding::Ids && fingerprint != own.to_string() {
-            let message = format!("expected the base's own tokenizer {own}, found {fingerprint}");
-            return Err(Error::new(ErrorCode::Mismatch, message).with_field("encoding"));
-        }
-        self.state = ReadingState::Open;
-        Ok(())
-    }
-
-    fn check(&self, ids: Vec<u32>) -> Result<Vec<u32>, Error> {
-        let vocab_size = self.job.vocab_size;
-        if self.job.encoding != DraftEncoding::Ids {
-            return Err(Error::new(ErrorCode::Protocol, "expected text, found token ids"));
-        }
-        match ids.iter().find(|&&id| id as usize >= vocab_size) {
-            Some(id) => {
-                let message = format!("expected draft ids below {vocab_size}, found {id}");
-                Err(Error::new(ErrorCode::Protocol, message))
-            }
-            None => Ok(ids),
-        }
-    }
-
-    fn encode(&mut self, text: &str) -> Result<Vec<u32>, Error> {
-        let Some(encoder) = &mut self.encoder else {
-            return Err(Error::new(ErrorCode::Protocol, "expected token ids, found text"));
-        };
-        encoder.push(text).map_err(|error| Error::internal(error.to_string()))
-    }
-
-    fn finish(&mut self) -> Result<Vec<u32>, Error> {
-        match &mut self.encoder {
-            Some(encoder) => encoder.finish().map_err(|error| Error::internal(error.to_string())),
-            None => Ok(Vec::new()),
-        }
+/// What a frame ends the session with, if it is the last one.
+fn outcome(body: &Body) -> Option<&'static str> {
+    match body {
+        Body::Finished { reason: Finish::Stop, .. } => Some("stop"),
+        Body::Finished { reason: Finish::Length, .. } => Some("length"),
+        Body::Moved { .. } => Some("moved"),
+        Body::Tokens { .. } | Body::Decided(_) => None,
     }
 }
 
-async fn receive(draft: &mut Option<Reading>) -> Option<DraftInput> {
-    match draft {
-        Some(draft) => draft.seat.input.recv().await,
+async fn happens(generation: &mut Option<Generation>) -> Option<Event> {
+    match generation {
+        Some(generation) => generation.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn arrives(seat: &Option<Seat>) -> Result<Visitor, Error> {
+    match seat {
+        Some(seat) => seat.visitor().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn says(line: &mut Option<Line>) -> Option<DraftInput> {
+    match line {
+        Some(line) => line.input.recv().await,
         None => std::future::pending().await,
     }
 }

@@ -27,6 +27,12 @@ pub struct Job {
     pub base_address: String,
     /// How the draft travels.
     pub encoding: DraftEncoding,
+    /// The attempt that reads the draft.
+    pub serve_epoch: Epoch,
+    /// The draft's first tokens, which an earlier drafter wrote; at most `draft_tokens_max`.
+    pub prefix: Vec<u32>,
+    /// Another drafter could go on.
+    pub movable: bool,
 }
 
 impl Job {
@@ -58,15 +64,31 @@ impl Job {
         if address.len() > ADDRESS_BYTES_MAX || !address.contains(':') {
             return Err(Error::invalid("base_address", "expected host:port"));
         }
+        let draft_tokens_max = (request.draft_tokens_max as usize).min(room);
+        let mut prefix = request.prefix_ids;
+        if let Some(id) = prefix.iter().find(|&&id| id as usize >= limits.vocab_size) {
+            let message = format!("expected ids below {}, found {id}", limits.vocab_size);
+            return Err(Error::invalid("prefix_ids", message));
+        }
+        prefix.truncate(draft_tokens_max);
         Ok(Self {
             id,
             epoch,
             prompt,
-            draft_tokens_max: (request.draft_tokens_max as usize).min(room),
+            draft_tokens_max,
             sampling: sampling(&request.sampling.unwrap_or_default(), 0.0)?,
             base_address: request.base_address,
             encoding,
+            serve_epoch: Epoch::new(request.serve_epoch)?,
+            prefix,
+            movable: request.movable,
         })
+    }
+
+    /// Whether the prefix is as long as the draft may be.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.prefix.len() >= self.draft_tokens_max
     }
 
     /// What the engine is asked.
@@ -79,7 +101,7 @@ impl Job {
             stop_tokens: Arc::clone(stop_tokens),
             top_logprobs: 0,
             draft: None,
-            known: Known::default(),
+            known: Known { answer: self.prefix.clone(), scores: Vec::new() },
         }
     }
 }
@@ -107,6 +129,7 @@ mod tests {
             draft_tokens_max: 48,
             base_address: "127.0.0.1:1".into(),
             encoding: DraftEncoding::Text.into(),
+            serve_epoch: 1,
             ..Default::default()
         }
     }
@@ -128,6 +151,8 @@ mod tests {
             ("draft_tokens_max", |r| r.draft_tokens_max = 0),
             ("base_address", |r| r.base_address = "nowhere".into()),
             ("encoding", |r| r.encoding = 0),
+            ("epoch", |r| r.serve_epoch = 0),
+            ("prefix_ids", |r| r.prefix_ids = vec![10]),
             ("sampling.temperature", |r| {
                 r.sampling.get_or_insert_default().temperature = Some(f32::INFINITY);
             }),

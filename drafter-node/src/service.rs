@@ -19,8 +19,9 @@ use crate::bases::Bases;
 use crate::convert::Job;
 use crate::draft::Draft;
 use crate::metrics;
+use crate::script::Script;
 
-/// Words that wait for the router at most: there are never more than two.
+/// Words that wait for the router at most; tokens beyond gather in the next one.
 const PROGRESS_QUEUE: usize = 2;
 /// How long a connection to a base may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -63,22 +64,27 @@ impl DrafterService {
         }
         let job = Job::new(request, self.engine.limits())?;
         let base = self.bases.client(&job.base_address)?;
-        let generation =
-            self.engine.submit(job.engine_request(&self.stop_tokens)).map_err(refused)?;
+        let generation = match job.is_whole() {
+            true => None,
+            false => {
+                Some(self.engine.submit(job.engine_request(&self.stop_tokens)).map_err(refused)?)
+            }
+        };
         let as_text = job.encoding == DraftEncoding::Text;
         let (progress, receiver) = mpsc::channel(PROGRESS_QUEUE);
+        let script = Script::new(as_text.then(|| Detokenizer::new(&self.tokenizer)));
         let draft = Draft {
             generation,
-            detokenizer: as_text.then(|| Detokenizer::new(&self.tokenizer)),
+            script,
             open: v1::HandoffOpen {
                 drafter_id: self.node_id.to_string(),
                 tokenizer_fingerprint: self.tokenizer.fingerprint().to_string(),
                 encoding: job.encoding.into(),
-                serve_epoch: job.epoch.get(),
+                serve_epoch: job.serve_epoch.get(),
             },
             progress,
             handoff_timeout: self.handoff_timeout,
-            position: 0,
+            draining: self.draining.clone(),
             job,
         };
         self.drafts.spawn(draft.run(base));

@@ -110,6 +110,7 @@ struct Node {
     text: ModelText,
     base_address: String,
     handoffs: Mutex<mpsc::Receiver<Handoff>>,
+    draining: CancellationToken,
 }
 
 async fn start(options: FakeOptions, slots: usize) -> Node {
@@ -128,12 +129,13 @@ async fn start(options: FakeOptions, slots: usize) -> Node {
         sessions: TaskTracker::new(),
     };
     let service = DrafterService::new(&host);
+    let draining = host.draining;
     let (handoffs, receiver) = mpsc::channel(4);
     let base_address =
         serve(Server::builder().add_service(BaseServer::new(PlayedBase { handoffs }))).await;
     let address = serve(Server::builder().add_service(DrafterServer::new(service))).await;
     let client = DrafterClient::connect(format!("http://{address}")).await.expect("connects");
-    Node { client, engine, drafter, text, base_address, handoffs: Mutex::new(receiver) }
+    Node { client, engine, drafter, text, base_address, handoffs: Mutex::new(receiver), draining }
 }
 
 async fn serve(router: tonic::transport::server::Router) -> String {
@@ -154,7 +156,7 @@ impl Node {
             base_address: self.base_address.clone(),
             encoding: encoding.into(),
             serve_epoch: 3,
-            prefix_ids: Vec::new(),
+            ..Default::default()
         }
     }
 
@@ -277,13 +279,13 @@ async fn a_base_that_is_lost_is_told() {
             Err(status) => break status,
         }
     };
-    assert_eq!(Error::from_status(&status).code, ErrorCode::Unavailable);
+    assert_eq!(Error::from_status(&status).code, ErrorCode::NoBase);
 
     let nowhere = v1::DraftRequest { base_address: "127.0.0.1:1".into(), ..request };
     let mut client = node.client.clone();
     let mut progress = client.draft(nowhere).await.expect("taken").into_inner();
     let status = progress.message().await.expect_err("nobody listens there");
-    assert_eq!(Error::from_status(&status).code, ErrorCode::Unavailable);
+    assert_eq!(Error::from_status(&status).code, ErrorCode::NoBase);
     until("the slots are free", || node.engine.stats().slots_used == 0).await;
 }
 
@@ -297,4 +299,67 @@ async fn a_full_drafter_says_so_at_once() {
     let error = Error::from_status(&status);
     assert_eq!(error.code, ErrorCode::Overloaded);
     assert!(error.retry_after.is_some());
+}
+
+#[tokio::test]
+async fn a_draft_that_another_drafter_began_goes_on_where_the_base_is() {
+    let node = start(FakeOptions::default(), 4).await;
+    let whole = node.expected(20);
+    // The base has three tokens, the router knows five; then the other way round.
+    for (drafted, known) in [(3, 5), (5, 3), (0, 20), (20, 20)] {
+        let prefix_ids = whole[..known].to_vec();
+        let request = v1::DraftRequest { prefix_ids, ..node.request(DraftEncoding::Ids) };
+        let (mut progress, mut handoff) = node.draft(request).await;
+        let opening = handoff.frames.message().await.expect("a frame");
+        assert!(opening.is_some());
+        let accepted = v1::HandoffAccepted { drafted: drafted as u32 };
+        handoff.reply(handoff_reply::Event::Accepted(accepted)).await;
+        let (mut ids, mut end) = (Vec::new(), None);
+        while end.is_none() {
+            let frame = handoff.frames.message().await.expect("a frame").expect("a frame");
+            assert_eq!(frame.position as usize, drafted + ids.len());
+            match frame.event.expect("an event") {
+                handoff_frame::Event::Tokens(tokens) => ids.extend(tokens.ids),
+                handoff_frame::Event::Ended(ended) => end = Some(ended.reason()),
+                handoff_frame::Event::Open(_) => panic!("opened twice"),
+            }
+        }
+        assert_eq!((&ids[..], end), (&whole[drafted..], Some(DraftEnd::Length)));
+        drop(handoff);
+        let mut told = known;
+        loop {
+            let frame = progress.message().await.expect("a frame").expect("a frame");
+            match frame.event.expect("an event") {
+                draft_frame::Event::Started(_) => {}
+                draft_frame::Event::Written(written) => {
+                    assert_eq!(written.ids, whole[told..told + written.ids.len()]);
+                    told += written.ids.len();
+                    assert_eq!(frame.position as usize, told);
+                }
+                draft_frame::Event::Ended(_) => break,
+            }
+        }
+    }
+    until("the slots are free", || node.engine.stats().slots_used == 0).await;
+}
+
+#[tokio::test]
+async fn a_draining_drafter_ends_a_draft_that_can_go_on_elsewhere() {
+    let slow = Duration::from_millis(1);
+    let node = start(FakeOptions { step_latency: slow, ..FakeOptions::default() }, 4).await;
+    let long = v1::DraftRequest { draft_tokens_max: 4_000, ..node.request(DraftEncoding::Ids) };
+    let movable = v1::DraftRequest { movable: true, request_id: "m".into(), ..long.clone() };
+    let (_staying, mut kept) = node.draft(long).await;
+    kept.accept().await;
+    let (mut moving, _handoff) = node.draft(movable).await;
+    node.draining.cancel();
+    let status = loop {
+        match moving.message().await {
+            Ok(frame) => assert!(frame.is_some(), "an error, not an end"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(Error::from_status(&status).code, ErrorCode::Draining);
+    kept.read(8).await;
+    until("the moved one's slot is free", || node.engine.stats().slots_used == 1).await;
 }

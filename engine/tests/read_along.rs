@@ -8,7 +8,9 @@ use headstart_engine::core::scheduler::SequenceId;
 use headstart_engine::executor::fake::{FakeExecutor, FakeOptions};
 use headstart_engine::executor::{ExecutorError, Found, Row};
 use headstart_engine::step::Engine;
-use headstart_engine::{DraftPolicy, Event, Executor, Finish, Known, Limits, Request, Sampling, TokenId};
+use headstart_engine::{
+    DraftPolicy, Event, Executor, Finish, Known, Limits, Request, Sampling, TokenId,
+};
 use proptest::prelude::*;
 
 const STOP: TokenId = 0;

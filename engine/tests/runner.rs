@@ -7,8 +7,7 @@ use headstart_engine::executor::fake::{FakeExecutor, FakeOptions, Gate};
 use headstart_engine::executor::{ExecutorError, Found, Row};
 use headstart_engine::{
     DraftPolicy, EngineHandle, EngineOptions, Event, Executor, Finish, Known, Limits, Request,
-    Sampling,
-    SubmitError,
+    Sampling, SubmitError,
 };
 
 fn request(max_tokens: usize) -> Request {

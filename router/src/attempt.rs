@@ -1,24 +1,28 @@
-//! One attempt at one answer: a `Serve` stream from the base and a `Draft` stream from the drafter,
-//! opened together, read together, dropped together. What a failed attempt leads to is its
-//! owner's business; the epoch in the requests says which attempt this is.
+//! One attempt at one answer: a `Serve` stream from the base and a `Draft` stream from a drafter,
+//! read together, dropped together. A draft that fails before it is decided can be replaced while
+//! the base's stream lives. What a failure leads to is the owner's business; the epochs in the
+//! requests say which attempt this is.
 
 use std::pin::Pin;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use headstart_cluster::Tier;
+
+use headstart_proto::error::ERROR_TRAILER;
 use headstart_proto::v1::base_client::BaseClient;
 use headstart_proto::v1::drafter_client::DrafterClient;
 use headstart_proto::{Epoch, Error, ErrorCode, NodeId, RequestId, v1};
 use headstart_service::server::MESSAGE_BYTES_MAX;
 use tokio::time::{Instant, Sleep, sleep};
-use tonic::{Status, Streaming};
+use tonic::{Response, Status, Streaming};
 
-use crate::frames::{Decision, FrameGate, ServeEvent};
+use crate::frames::{FrameGate, ServeEvent};
 use crate::nodes::Place;
+use crate::progress::Progress;
 
-/// After a draft failed, the base has so long to say what it knows: that it took over before, or
-/// why the draft failed.
-const DRAFT_FAILURE_GRACE: Duration = Duration::from_millis(250);
+/// After a drafter lost the base, the base's own stream has so long to break.
+const BASE_LOST_GRACE: Duration = Duration::from_millis(250);
 
 /// How long an attempt may be silent.
 #[derive(Clone, Copy, Debug)]
@@ -40,197 +44,289 @@ pub(crate) struct DraftPlan {
     pub(crate) request: v1::DraftRequest,
 }
 
-/// Everything an attempt needs.
+/// The base's part of an attempt.
 #[derive(Debug)]
-pub(crate) struct AttemptPlan {
+pub(crate) struct ServePlan {
     /// The answer's id on the wire.
     pub(crate) request_id: RequestId,
     /// Which attempt it is.
     pub(crate) epoch: Epoch,
     /// The base.
-    pub(crate) base_id: NodeId,
+    pub(crate) node_id: NodeId,
     /// The place taken on it.
-    pub(crate) base: Place,
-    /// What the base is asked.
-    pub(crate) serve: v1::ServeRequest,
-    /// The drafter's part; `None` when the base answers alone.
-    pub(crate) draft: Option<DraftPlan>,
+    pub(crate) place: Place,
+    /// What it is asked.
+    pub(crate) request: v1::ServeRequest,
     /// How long it may be silent.
     pub(crate) patience: Patience,
 }
 
-/// The base's stream.
-enum Serve {
-    Opening(BoxFuture<'static, Result<Streaming<v1::ServeFrame>, Status>>),
-    Open(Box<Streaming<v1::ServeFrame>>),
+/// A node that an attempt cannot go on with.
+#[derive(Clone, Debug)]
+pub(crate) struct Lost {
+    /// Its tier.
+    pub(crate) tier: Tier,
+    /// The node.
+    pub(crate) node_id: NodeId,
+    /// Why.
+    pub(crate) error: Error,
+    /// The node had taken the request, and was lost or broke down over it.
+    pub(crate) struck: bool,
 }
 
-impl Serve {
+/// A node's stream.
+enum Frames<T> {
+    Opening(BoxFuture<'static, Result<Response<Streaming<T>>, Status>>),
+    Open(Box<Streaming<T>>),
+}
+
+impl<T> Frames<T> {
     /// The next frame. Cancel safe.
-    async fn message(&mut self) -> Result<Option<v1::ServeFrame>, Status> {
+    async fn message(&mut self) -> Result<Option<T>, Status> {
         loop {
             match self {
-                Self::Opening(opening) => *self = Self::Open(Box::new(opening.await?)),
+                Self::Opening(opening) => {
+                    *self = Self::Open(Box::new(opening.await?.into_inner()));
+                }
                 Self::Open(frames) => return frames.message().await,
             }
         }
     }
+
+    /// The node has taken the request.
+    fn is_open(&self) -> bool {
+        matches!(self, Self::Open(_))
+    }
+}
+
+/// A draft under way.
+struct Draft {
+    node_id: NodeId,
+    place: Place,
+    request_id: String,
+    epoch: u64,
+    draft_tokens_max: u32,
+    frames: Frames<v1::DraftFrame>,
 }
 
 /// An attempt that runs. Dropping it cancels it on both nodes and gives their places back.
 pub(crate) struct Attempt {
     gate: FrameGate,
-    serve: Serve,
+    serve: Frames<v1::ServeFrame>,
     base: Place,
     base_id: NodeId,
-    /// Ends when the draft does; `None` from then on.
-    draft: Option<BoxFuture<'static, Result<(), Error>>>,
-    /// Why the draft failed, while the base may still have a say.
-    draft_error: Option<Error>,
+    /// `None` once the draft is over, or while there is none.
+    draft: Option<Draft>,
+    /// A drafter that lost the base, while the base may still have a say.
+    base_lost: Option<Lost>,
     patience: Patience,
     deadline: Pin<Box<Sleep>>,
 }
 
 impl Attempt {
-    /// Starts an attempt. Nothing is sent before [`Self::next`] is awaited.
-    pub(crate) fn open(plan: AttemptPlan) -> Self {
-        let AttemptPlan { request_id, epoch, base_id, base, serve, draft, patience } = plan;
-        let gate = FrameGate::new(
-            request_id,
-            epoch,
-            serve.max_tokens,
-            serve.draft.as_ref(),
-            serve.top_logprobs.is_some(),
-        );
+    /// Starts an attempt that goes on from `progress`. Nothing is sent before [`Self::next`] is
+    /// awaited.
+    pub(crate) fn open(plan: ServePlan, draft: Option<DraftPlan>, progress: &Progress) -> Self {
+        let ServePlan { request_id, epoch, node_id, place, request, patience } = plan;
+        let logprobs = request.top_logprobs.is_some();
+        let policy = request.draft.as_ref();
+        let gate = FrameGate::new(request_id, epoch, request.max_tokens, policy, logprobs);
         let mut client =
-            BaseClient::new(base.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        let opening = async move { client.serve(serve).await.map(tonic::Response::into_inner) };
+            BaseClient::new(place.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let opening = async move { client.serve(request).await };
         Self {
-            gate,
-            serve: Serve::Opening(Box::pin(opening)),
-            base,
-            base_id,
-            draft: draft.map(|plan| Box::pin(follow_draft(plan)) as BoxFuture<'static, _>),
-            draft_error: None,
+            gate: gate.behind(progress.tokens(), progress.settled()),
+            serve: Frames::Opening(Box::pin(opening)),
+            base: place,
+            base_id: node_id,
+            draft: draft.map(Draft::open),
+            base_lost: None,
             patience,
             deadline: Box::pin(sleep(patience.first_frame)),
         }
     }
 
-    /// The draft's fate, once it is known.
-    pub(crate) fn decision(&self) -> Option<Decision> {
-        self.gate.decision()
+    /// Puts another draft in the place of one that failed.
+    pub(crate) fn replace_draft(&mut self, plan: DraftPlan) {
+        self.draft = Some(Draft::open(plan));
+        self.base_lost = None;
+        self.wait_for_frame();
     }
 
-    /// What happens next in the answer. Nothing comes after [`ServeEvent::Finished`].
+    /// What happens next in the answer; `progress` learns what the drafter tells of its draft.
+    /// Nothing comes after [`ServeEvent::Finished`] and [`ServeEvent::Moved`].
     ///
     /// # Errors
-    /// The base failed or broke the protocol, the drafter failed before the draft was decided, or
-    /// nothing came for too long.
-    pub(crate) async fn next(&mut self) -> Result<ServeEvent, Error> {
+    /// The base failed, broke the protocol or was silent for too long: the attempt is over. Or the
+    /// drafter failed before the draft was decided: the draft can be replaced.
+    pub(crate) async fn next(&mut self, progress: &mut Progress) -> Result<ServeEvent, Lost> {
         loop {
             tokio::select! {
                 biased;
                 frame = self.serve.message() => {
                     let frame = self.received(frame)?;
-                    if let Some(event) = self.gate.admit(frame).map_err(|e| self.of_base(e))? {
+                    let admitted = self.gate.admit(frame);
+                    if let Some(event) = admitted.map_err(|error| self.lost_base(error, true))? {
+                        self.heard(&event);
                         return Ok(event);
                     }
                 }
-                result = over(&mut self.draft), if self.draft.is_some() => {
-                    self.draft = None;
-                    if let Err(error) = result && self.gate.decision().is_none() {
-                        self.draft_error = Some(error);
-                        self.deadline.as_mut().reset(Instant::now() + DRAFT_FAILURE_GRACE);
-                    }
+                news = news(&mut self.draft, progress), if self.draft.is_some() => {
+                    self.draft_ended(news)?;
                 }
                 () = self.deadline.as_mut() => return Err(self.too_late()),
             }
         }
     }
 
+    fn heard(&mut self, event: &ServeEvent) {
+        match event {
+            ServeEvent::Switched(_) => {
+                self.base_lost = None;
+                self.wait_for_frame();
+            }
+            ServeEvent::Finished(_) | ServeEvent::Moved { .. } => self.base.told(None),
+            ServeEvent::Tokens(_) => {}
+        }
+    }
+
+    fn wait_for_frame(&mut self) {
+        self.deadline.as_mut().reset(Instant::now() + self.patience.frame);
+    }
+
     /// A frame, or why there is none.
     fn received(
         &mut self,
         frame: Result<Option<v1::ServeFrame>, Status>,
-    ) -> Result<v1::ServeFrame, Error> {
-        if matches!(
-            &frame,
-            Ok(Some(v1::ServeFrame { event: Some(v1::serve_frame::Event::Switched(_)), .. }))
-        ) {
-            self.draft_error = None;
-        }
-        let error = match frame {
+    ) -> Result<v1::ServeFrame, Lost> {
+        let status = match frame {
             Ok(Some(frame)) => {
-                if self.draft_error.is_none() {
-                    self.deadline.as_mut().reset(Instant::now() + self.patience.frame);
+                if self.base_lost.is_none() {
+                    self.wait_for_frame();
                 }
                 return Ok(frame);
             }
-            Ok(None) => Error::unavailable("its stream ended before the answer did"),
-            Err(status) => Error::from_status(&status),
+            Ok(None) => None,
+            Err(status) => Some(status),
         };
-        if error.code == ErrorCode::Unavailable {
-            self.base.mark_failing();
+        let (error, struck) = failure(status.as_ref(), self.serve.is_open());
+        self.base.told(Some(error.code));
+        Err(self.lost_base(error, struck))
+    }
+
+    /// The draft's stream is over.
+    fn draft_ended(&mut self, result: Result<(), Lost>) -> Result<(), Lost> {
+        let draft = self.draft.take();
+        let Err(lost) = result else {
+            if let Some(draft) = draft {
+                draft.place.told(None);
+            }
+            return Ok(());
+        };
+        if self.gate.decision().is_some() {
+            return Ok(());
         }
-        let error = self.of_base(error);
-        // A base that merely lost its drafter has less to say than the drafter.
-        match self.draft_error.take() {
-            Some(cause) if error.code.http_status() >= 500 => Err(cause),
-            _ => Err(error),
+        match lost.error.code {
+            // Most often it is the base that is gone, and its stream is about to say so.
+            ErrorCode::NoBase => {
+                self.base_lost = Some(lost);
+                self.deadline.as_mut().reset(Instant::now() + BASE_LOST_GRACE);
+                Ok(())
+            }
+            code => {
+                if let Some(draft) = draft {
+                    draft.place.told(Some(code));
+                }
+                Err(lost)
+            }
         }
     }
 
-    fn of_base(&self, error: Error) -> Error {
-        node_error("base", &self.base_id, error)
+    fn lost_base(&self, error: Error, struck: bool) -> Lost {
+        let node_id = self.base_id.clone();
+        let error = node_error(Tier::Base, &node_id, error);
+        Lost { tier: Tier::Base, node_id, error, struck }
     }
 
-    fn too_late(&mut self) -> Error {
-        self.draft_error.take().unwrap_or_else(|| {
-            let message = format!("base {} sent nothing for too long", self.base_id);
-            Error::new(ErrorCode::DeadlineExceeded, message)
-        })
+    fn too_late(&mut self) -> Lost {
+        if let Some(lost) = self.base_lost.take() {
+            return lost;
+        }
+        let error = Error::new(ErrorCode::DeadlineExceeded, "it sent nothing for too long");
+        self.base.told(Some(error.code));
+        self.lost_base(error, self.serve.is_open())
+    }
+}
+
+impl Draft {
+    fn open(plan: DraftPlan) -> Self {
+        let DraftPlan { node_id, place, request } = plan;
+        let (request_id, epoch) = (request.request_id.clone(), request.epoch);
+        let draft_tokens_max = request.draft_tokens_max;
+        let mut client =
+            DrafterClient::new(place.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let frames = Frames::Opening(Box::pin(async move { client.draft(request).await }));
+        Self { node_id, place, request_id, epoch, draft_tokens_max, frames }
+    }
+
+    /// Reads the stream to its end. It is well over only with its last frame. Cancel safe.
+    async fn follow(&mut self, progress: &mut Progress) -> Result<(), Lost> {
+        loop {
+            let frame = match self.frames.message().await {
+                Ok(Some(frame)) => frame,
+                Ok(None) => return Err(self.broken(None)),
+                Err(status) => return Err(self.broken(Some(&status))),
+            };
+            if frame.request_id != self.request_id || frame.epoch > self.epoch {
+                let error = Error::new(ErrorCode::Protocol, "a frame of another draft");
+                return Err(self.lost(error, true));
+            }
+            match frame.event {
+                _ if frame.epoch < self.epoch => {}
+                Some(v1::draft_frame::Event::Written(written)) => {
+                    progress.wrote(frame.position, &written.ids, self.draft_tokens_max);
+                }
+                Some(v1::draft_frame::Event::Ended(_)) => return Ok(()),
+                Some(v1::draft_frame::Event::Started(_)) | None => {}
+            }
+        }
+    }
+
+    fn broken(&self, status: Option<&Status>) -> Lost {
+        let (error, struck) = failure(status, self.frames.is_open());
+        self.lost(error, struck)
+    }
+
+    fn lost(&self, error: Error, struck: bool) -> Lost {
+        let node_id = self.node_id.clone();
+        let error = node_error(Tier::Drafter, &node_id, error);
+        Lost { tier: Tier::Drafter, node_id, error, struck }
     }
 }
 
 /// The draft's end.
-async fn over(draft: &mut Option<BoxFuture<'static, Result<(), Error>>>) -> Result<(), Error> {
+async fn news(draft: &mut Option<Draft>, progress: &mut Progress) -> Result<(), Lost> {
     match draft {
-        Some(draft) => draft.await,
+        Some(draft) => draft.follow(progress).await,
         None => std::future::pending().await,
     }
 }
 
-/// Opens a draft and reads its stream to the end. It is well over only with its last frame.
-async fn follow_draft(plan: DraftPlan) -> Result<(), Error> {
-    let DraftPlan { node_id, place, request } = plan;
-    let (request_id, epoch) = (request.request_id.clone(), request.epoch);
-    let mut client =
-        DrafterClient::new(place.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let reading = async {
-        let mut frames = client.draft(request).await?.into_inner();
-        while let Some(frame) = frames.message().await? {
-            if frame.request_id != request_id || frame.epoch > epoch {
-                return Err(Error::new(ErrorCode::Protocol, "a frame of another draft"));
-            }
-            if frame.epoch == epoch && matches!(frame.event, Some(v1::draft_frame::Event::Ended(_)))
-            {
-                return Ok(());
-            }
-        }
-        Err(Error::unavailable("its stream ended before the draft did"))
+/// Why a stream ended that was to go on, and whether the node was lost over it: it had taken the
+/// request, and then the connection broke or the node broke down. What a node says by itself (it is
+/// full, it drains) is no loss.
+fn failure(status: Option<&Status>, open: bool) -> (Error, bool) {
+    let Some(status) = status else {
+        return (Error::unavailable("its stream ended before its last frame"), open);
     };
-    let result: Result<(), Error> = reading.await;
-    result.map_err(|error| {
-        if error.code == ErrorCode::Unavailable {
-            place.mark_failing();
-        }
-        node_error("drafter", &node_id, error)
-    })
+    let error = Error::from_status(status);
+    let typed = status.metadata().get_bin(ERROR_TRAILER).is_some();
+    let struck = open && (!typed || error.code == ErrorCode::Internal);
+    (error, struck)
 }
 
 /// An error of a node, as the client is told. What only concerns the two nodes becomes "unavailable".
-fn node_error(tier: &str, node_id: &NodeId, error: Error) -> Error {
+fn node_error(tier: Tier, node_id: &NodeId, error: Error) -> Error {
     if error.code.client_fault()
         && error.code != ErrorCode::NotFound
         && error.code != ErrorCode::Cancelled

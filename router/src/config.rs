@@ -109,6 +109,9 @@ pub struct RouterConfig {
     /// Between two frames of an answer
     #[arg(long, env = "HEADSTART_FRAME_TIMEOUT", value_name = "TIME", default_value = "2m", value_parser = duration)]
     pub frame_timeout: Duration,
+    /// For an answer that a node's loss interrupted to go on elsewhere
+    #[arg(long, env = "HEADSTART_RESUME_TIMEOUT", value_name = "TIME", default_value = "60s", value_parser = duration)]
+    pub resume_timeout: Duration,
     /// For a whole request
     #[arg(long, env = "HEADSTART_REQUEST_TIMEOUT", value_name = "TIME", default_value = "30m", value_parser = duration)]
     pub request_timeout: Duration,
@@ -146,6 +149,7 @@ impl RouterConfig {
             read_timeout: self.read_timeout,
             first_frame_timeout: self.first_frame_timeout,
             frame_timeout: self.frame_timeout,
+            resume_timeout: self.resume_timeout,
             request_timeout: self.request_timeout,
             drain_timeout: self.drain_timeout,
             ..RouterOptions::default()
@@ -171,7 +175,7 @@ fn read_keys(path: &Path) -> Result<Arc<ApiKeys>, ConfigError> {
 
 /// The flag that a message of [`RouterOptions::validate`] starts with.
 fn field_of(message: &str) -> &'static str {
-    const FIELDS: [(&str, &str); 20] = [
+    const FIELDS: [(&str, &str); 21] = [
         ("window", "window"),
         ("threshold", "threshold"),
         ("draft_tokens_max", "draft-tokens-max"),
@@ -191,6 +195,7 @@ fn field_of(message: &str) -> &'static str {
         ("read_timeout", "read-timeout"),
         ("first_frame_timeout", "first-frame-timeout"),
         ("frame_timeout", "frame-timeout"),
+        ("resume_timeout", "resume-timeout"),
         ("request_timeout", "request-timeout"),
     ];
     let found = FIELDS.iter().find(|(name, _)| message.starts_with(name));

@@ -84,6 +84,13 @@ pub(crate) enum ServeEvent {
     Switched(Decision),
     /// The answer is complete.
     Finished(FinishReason),
+    /// The base gives the answer up: another one is to go on. The last event, too.
+    Moved {
+        /// Where its KV may be had.
+        kv: Option<v1::KvSource>,
+        /// How it scored the first draft tokens, natural log.
+        scores: Vec<f32>,
+    },
 }
 
 /// What is expected of the frames of one answer.
@@ -123,6 +130,14 @@ impl FrameGate {
         }
     }
 
+    /// Goes on behind the first `next` tokens of the answer, which are out already; `decision` is
+    /// the draft's fate, if it is known.
+    pub(crate) fn behind(mut self, next: u32, decision: Option<Decision>) -> Self {
+        self.next = next;
+        self.decision = decision;
+        self
+    }
+
     /// The draft's fate, once it is known.
     pub(crate) fn decision(&self) -> Option<Decision> {
         self.decision
@@ -156,7 +171,12 @@ impl FrameGate {
             _ if seen > 0 => Ok(None),
             v1::serve_frame::Event::Switched(switched) => self.switched(&switched),
             v1::serve_frame::Event::Finished(finished) => finish_reason(&finished),
-            v1::serve_frame::Event::Moved(_) => Err(broken("a move that nobody asked for")),
+            v1::serve_frame::Event::Moved(v1::Moved { kv, mut scores }) => {
+                // What is not sound is scored again.
+                let sound = scores.iter().take_while(|score| !score.is_nan()).count();
+                scores.truncate(sound.min(self.next as usize));
+                Ok(Some(ServeEvent::Moved { kv, scores }))
+            }
         }
     }
 

@@ -115,3 +115,20 @@ fn wanted_logprobs_must_be_there() {
     };
     assert_eq!(run.logprobs[1], TokenLogprobs { token: (2, -0.5), top: vec![(9, -0.1)] });
 }
+
+#[test]
+fn a_later_attempt_goes_on_behind_what_is_out() {
+    let decision = Decision { by_threshold: true, kept_tokens: 3, drafted_tokens: 5 };
+    let mut open = gate(true, false).behind(3, Some(decision));
+    assert_eq!(open.admit(tokens(DRAFTER, 0, &[1, 2, 3])).unwrap(), None, "seen");
+    assert_eq!(open.admit(switched(3, 3, 5)).unwrap(), None, "seen");
+    assert_eq!(ids(open.admit(tokens(BASE, 3, &[4])).unwrap()), (3, vec![4]));
+    let mut early = gate(true, false).behind(3, Some(decision));
+    assert!(early.admit(tokens(DRAFTER, 3, &[4])).is_err(), "the draft is over");
+    let mut undecided = gate(true, false).behind(2, None);
+    assert!(undecided.admit(switched(2, 1, 5)).is_err(), "two tokens are out");
+    let scores = vec![-0.5, f32::NAN, -0.5];
+    let moved = frame(2, Event::Moved(v1::Moved { kv: None, scores }));
+    let expected = ServeEvent::Moved { kv: None, scores: vec![-0.5] };
+    assert_eq!(undecided.admit(moved).unwrap(), Some(expected));
+}

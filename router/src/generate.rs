@@ -9,7 +9,7 @@ use futures::StreamExt;
 use futures::future::join_all;
 use futures::stream::FuturesUnordered;
 use headstart_cluster::{NodeRecord, View};
-use headstart_proto::{Epoch, Error, ErrorCode, RequestId, v1};
+use headstart_proto::{Error, ErrorCode, RequestId, v1};
 use headstart_text::{ModelText, Tokenizer};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -18,13 +18,14 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use crate::admission::{self, Admission, Caller, Callers, Permit};
 use crate::answer::Answer;
 use crate::ask::{Ask, PRIORITY_HEADER, check_priority};
-use crate::attempt::{Attempt, AttemptPlan, DraftPlan, Patience};
-use crate::frames::{FinishReason, ServeEvent, Source};
+use crate::course::Course;
+use crate::frames::{Decision, FinishReason, ServeEvent, Source};
 use crate::metrics::Metrics;
 use crate::nodes::Nodes;
 use crate::options::{OnNoDrafter, RouterOptions};
 use crate::outbox::{Event, Inbox, Outbox, Summary, outbox};
 use crate::prompts::{self, Prompts};
+use crate::retry::Budget;
 use crate::route::{self, ModelEntry, Wish};
 use crate::texts::Texts;
 
@@ -38,7 +39,10 @@ pub(crate) struct Core {
     pub(crate) options: RouterOptions,
     /// What is measured.
     pub(crate) metrics: Metrics,
-    nodes: Nodes,
+    pub(crate) nodes: Nodes,
+    /// The retries that all requests share.
+    pub(crate) budget: Budget,
+    started: Instant,
     texts: Texts,
     view: watch::Receiver<Arc<View>>,
     admission: Arc<Admission>,
@@ -115,6 +119,8 @@ impl Core {
             callers: Callers::new(options.api_keys.clone()),
             metrics,
             nodes: Nodes::new(options.connect_timeout, options.keep_alive),
+            budget: Budget::default(),
+            started: Instant::now(),
             texts: Texts::new(options.texts_max, options.read_timeout),
             view,
             draining: CancellationToken::new(),
@@ -152,7 +158,12 @@ impl Core {
         self.admission.resize(&self.nodes.snapshot(&view), self.options.in_flight_max);
     }
 
-    fn view(&self) -> Arc<View> {
+    /// Time since the router's start.
+    pub(crate) fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    pub(crate) fn view(&self) -> Arc<View> {
         Arc::clone(&self.view.borrow())
     }
 
@@ -340,19 +351,19 @@ fn random_seed() -> u64 {
 }
 
 /// Everything a request's task needs.
-struct Plan {
-    core: Arc<Core>,
+pub(crate) struct Plan {
+    pub(crate) core: Arc<Core>,
     arrived: Instant,
-    head: Head,
-    base: NodeRecord,
-    drafter: Option<(NodeRecord, v1::DraftEncoding)>,
-    prompts: Prompts,
-    seed: u64,
+    pub(crate) head: Head,
+    pub(crate) base: NodeRecord,
+    pub(crate) drafter: Option<(NodeRecord, v1::DraftEncoding)>,
+    pub(crate) prompts: Prompts,
+    pub(crate) seed: u64,
     stops: Vec<String>,
-    window: u32,
-    threshold: f32,
-    max_tokens: u32,
-    ask: Ask,
+    pub(crate) window: u32,
+    pub(crate) threshold: f32,
+    pub(crate) max_tokens: u32,
+    pub(crate) ask: Ask,
 }
 
 impl Plan {
@@ -394,13 +405,13 @@ impl Plan {
     /// Runs one answer to its end.
     async fn answer(&self, choice: u32, permit: &Permit, outbox: &Outbox) -> Result<(), Error> {
         let metrics = &self.core.metrics;
-        let mut attempt = Attempt::open(self.attempt(choice, Epoch::FIRST)?);
+        let mut course = Course::start(self, choice)?;
         let tokenizer = &self.head.tokenizer;
         let mut answer = Answer::new(tokenizer, self.stops.clone(), self.head.first_source());
         let mut pieces = Vec::new();
         let mut last: Option<Instant> = None;
         let mut reason = loop {
-            match attempt.next().await? {
+            match course.next().await? {
                 ServeEvent::Tokens(run) => {
                     let now = Instant::now();
                     if last.is_none() && choice == 0 {
@@ -422,10 +433,11 @@ impl Plan {
                     metrics.switched(decision.by_threshold, decision.kept_tokens);
                 }
                 ServeEvent::Finished(reason) => break reason,
+                ServeEvent::Moved { .. } => {}
             }
         };
-        let summary = self.summary(&attempt, &answer);
-        drop(attempt);
+        let summary = self.summary(course.decision(), &answer);
+        drop(course);
         answer.finish(&mut pieces);
         if answer.stopped() {
             reason = FinishReason::Stop;
@@ -440,8 +452,7 @@ impl Plan {
     }
 
     /// What became of the draft. An answer that ended before the draft was decided kept what it has.
-    fn summary(&self, attempt: &Attempt, answer: &Answer) -> Summary {
-        let decision = attempt.decision();
+    fn summary(&self, decision: Option<Decision>, answer: &Answer) -> Summary {
         let kept = decision.map_or(answer.drafter_tokens(), |decision| decision.kept_tokens);
         Summary {
             drafter: self.head.drafter.clone(),
@@ -452,86 +463,6 @@ impl Plan {
             kept_tokens: kept,
             window: self.window,
             threshold: self.threshold,
-        }
-    }
-
-    /// What is asked of the nodes for one answer.
-    fn attempt(&self, choice: u32, epoch: Epoch) -> Result<AttemptPlan, Error> {
-        let request_id = RequestId::new(&format!("{}-{choice}", self.head.request_id))?;
-        let seed = self.seed.wrapping_add(choice.into());
-        let serve = v1::ServeRequest {
-            request_id: request_id.to_string(),
-            epoch: epoch.get(),
-            prompt_ids: self.prompts.base.ids.clone(),
-            prompt_text: self.prompts.base.text.clone(),
-            max_tokens: self.max_tokens,
-            sampling: Some(self.sampling(seed)),
-            top_logprobs: self.ask.top_logprobs,
-            draft: self.drafter.as_ref().map(|(_, encoding)| self.policy(*encoding)),
-            resume: None,
-            move_when_decided: false,
-        };
-        let draft = match (&self.drafter, &self.prompts.drafter) {
-            (Some((record, encoding)), Some(prompt)) => Some(DraftPlan {
-                node_id: record.node_id.clone(),
-                place: self.core.nodes.place(record)?,
-                request: v1::DraftRequest {
-                    request_id: request_id.to_string(),
-                    epoch: epoch.get(),
-                    prompt_ids: prompt.ids.clone(),
-                    draft_tokens_max: self
-                        .ask
-                        .draft_tokens_max
-                        .unwrap_or(self.core.options.draft_tokens_max),
-                    sampling: Some(v1::Sampling {
-                        temperature: Some(self.core.options.draft_temperature),
-                        seed: Some(seed),
-                        ..Default::default()
-                    }),
-                    base_address: self.base.address.clone(),
-                    encoding: (*encoding).into(),
-                    serve_epoch: epoch.get(),
-                    prefix_ids: Vec::new(),
-                },
-            }),
-            _ => None,
-        };
-        let options = &self.core.options;
-        Ok(AttemptPlan {
-            request_id,
-            epoch,
-            base_id: self.base.node_id.clone(),
-            base: self.core.nodes.place(&self.base)?,
-            serve,
-            draft,
-            patience: Patience {
-                first_frame: options.first_frame_timeout,
-                frame: options.frame_timeout,
-            },
-        })
-    }
-
-    fn policy(&self, encoding: v1::DraftEncoding) -> v1::DraftPolicy {
-        let options = &self.core.options;
-        v1::DraftPolicy {
-            window: self.window,
-            threshold: self.threshold,
-            encoding: encoding.into(),
-            on_draft_complete: options.on_draft_complete.wire().into(),
-            continue_empty_draft: options.on_no_drafter == OnNoDrafter::BaseOnly,
-        }
-    }
-
-    fn sampling(&self, seed: u64) -> v1::Sampling {
-        let sampling = &self.ask.sampling;
-        v1::Sampling {
-            temperature: Some(sampling.temperature),
-            top_p: Some(sampling.top_p),
-            top_k: Some(sampling.top_k),
-            min_p: Some(sampling.min_p),
-            seed: Some(seed),
-            presence_penalty: Some(sampling.presence_penalty),
-            frequency_penalty: Some(sampling.frequency_penalty),
         }
     }
 }

@@ -3,8 +3,9 @@
 //!
 //! A request's way through: a door (`http` or `service`) parses it into an `Ask`; the core picks a
 //! base and a drafter (`route`), renders both prompts (`texts`, `prompts`), and starts one task that
-//! owns the request (`generate`). For each answer the task opens one `attempt`, passes the base's frames
-//! through a gate (`frames`), turns tokens into text (`answer`) and puts that into the client's box
+//! owns the request (`generate`). Each answer has a `course`: it opens an `attempt` at a base and a
+//! drafter, passes the base's frames through a gate (`frames`), keeps what is certain (`progress`),
+//! and opens another attempt when a node is lost and `retry` allows it. The task turns tokens into text (`answer`) and puts that into the client's box
 //! (`outbox`). The router holds no model weights and never links the engine.
 
 mod admission;
@@ -13,6 +14,7 @@ mod ask;
 mod attempt;
 mod config;
 mod convert;
+mod course;
 mod frames;
 mod generate;
 mod http;
@@ -21,7 +23,9 @@ mod nodes;
 mod openai;
 mod options;
 mod outbox;
+mod progress;
 mod prompts;
+mod retry;
 mod route;
 mod server;
 mod service;

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use headstart_cluster::Tier;
 use headstart_proto::ErrorCode;
 use metrics::{
     Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram,
@@ -34,6 +35,15 @@ const QUEUE_WAIT: &str = "headstart_router_queue_wait_seconds";
 /// Requests that were refused for overload, by `class` and `reason`: `full`, `late`, `never`,
 /// `expired`.
 const REFUSED: &str = "headstart_router_refused_total";
+
+/// Attempts at answers, by `tier`.
+const ATTEMPTS: &str = "headstart_router_attempts_total";
+/// Attempts that failed or were moved, by `tier`, `phase` and `cause`.
+const FAILOVERS: &str = "headstart_router_failovers_total";
+/// From the loss of a node to the answer's next token.
+const FAILOVER: &str = "headstart_router_failover_seconds";
+/// Retries that the budget had no room for.
+const RETRIES_REFUSED: &str = "headstart_router_retries_refused_total";
 
 /// Handles to every metric, resolved once.
 #[derive(Clone, Debug)]
@@ -82,6 +92,13 @@ impl Metrics {
         describe_gauge!(QUEUE_TOKENS, "Tokens of the requests that wait, by class");
         describe_histogram!(QUEUE_WAIT, "Seconds from a request's arrival until it was admitted");
         describe_counter!(REFUSED, "Requests refused for overload, by class and reason");
+        describe_counter!(ATTEMPTS, "Attempts at answers, by tier");
+        describe_counter!(
+            FAILOVERS,
+            "Attempts that failed or moved, by tier, phase (start, draft, write) and cause"
+        );
+        describe_histogram!(FAILOVER, "Seconds from a node's loss to the answer's next token");
+        describe_counter!(RETRIES_REFUSED, "Retries that the budget had no room for");
         Self {
             ttft: histogram!(TTFT),
             itl: histogram!(ITL),
@@ -139,6 +156,27 @@ impl Metrics {
         if let Some(gap) = gap {
             self.itl.record_many(gap / count, count as usize);
         }
+    }
+
+    /// A node of `tier` was asked for an answer or a draft.
+    pub(crate) fn attempt(&self, tier: Tier) {
+        counter!(ATTEMPTS, "tier" => tier.as_str()).increment(1);
+    }
+
+    /// An attempt failed or was moved.
+    pub(crate) fn failover(&self, tier: Tier, phase: &'static str, cause: &'static str) {
+        counter!(FAILOVERS, "tier" => tier.as_str(), "phase" => phase, "cause" => cause)
+            .increment(1);
+    }
+
+    /// An answer that was interrupted goes on.
+    pub(crate) fn went_on(&self, after: Duration) {
+        histogram!(FAILOVER).record(after);
+    }
+
+    /// The budget had no room for a retry.
+    pub(crate) fn retry_refused(&self) {
+        counter!(RETRIES_REFUSED).increment(1);
     }
 
     /// A draft was decided.

@@ -123,11 +123,6 @@ impl Place {
         self.node.channel.clone()
     }
 
-    /// The node's connection was refused or broke.
-    pub(crate) fn mark_failing(&self) {
-        self.told(Some(ErrorCode::Unavailable));
-    }
-
     /// What became of a call to the node: `None` is success. A broken connection takes the node out
     /// of choice at once, as many failures in a row do.
     pub(crate) fn told(&self, outcome: Option<ErrorCode>) {

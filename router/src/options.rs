@@ -132,6 +132,8 @@ pub struct RouterOptions {
     pub first_frame_timeout: Duration,
     /// Between two frames of an answer.
     pub frame_timeout: Duration,
+    /// For an answer that a node's loss interrupted to go on elsewhere.
+    pub resume_timeout: Duration,
     /// For a whole request.
     pub request_timeout: Duration,
     /// For live requests to finish after the router was told to stop.
@@ -164,6 +166,7 @@ impl Default for RouterOptions {
             read_timeout: Duration::from_secs(30),
             first_frame_timeout: Duration::from_secs(120),
             frame_timeout: Duration::from_secs(120),
+            resume_timeout: Duration::from_secs(60),
             request_timeout: Duration::from_secs(1800),
             drain_timeout: Duration::from_secs(30),
         }
@@ -198,6 +201,7 @@ impl RouterOptions {
             ("frame_timeout", self.frame_timeout),
             ("queue_timeout", self.queue_timeout),
             ("write_timeout", self.write_timeout),
+            ("resume_timeout", self.resume_timeout),
             ("request_timeout", self.request_timeout),
         ];
         for (field, timeout) in timeouts {

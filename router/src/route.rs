@@ -149,6 +149,38 @@ fn pick_drafter<'a>(
     }
 }
 
+/// The node to take over from `record`'s: it must run the same model with the same text side. One
+/// that is in `avoid` is the last choice. The second value: whether the node is none of those.
+pub(crate) fn successor<'a>(
+    candidates: &[Candidate<'a>],
+    record: &NodeRecord,
+    avoid: &[NodeId],
+) -> Option<(&'a NodeRecord, bool)> {
+    let same = candidates
+        .iter()
+        .filter(|node| is_like(node.record, record))
+        .map(|node| (node, avoid.contains(&node.record.node_id)));
+    let live = same.filter(|(node, _)| !node.record.draining);
+    let (chosen, avoided) = live.min_by_key(|(node, avoided)| (*avoided, node.score()))?;
+    Some((chosen.record, !avoided))
+}
+
+/// Whether a node other than `record`'s could go on with what that one does.
+pub(crate) fn has_successor(candidates: &[Candidate<'_>], record: &NodeRecord) -> bool {
+    candidates.iter().any(|node| {
+        let other = node.record;
+        other.node_id != record.node_id && !other.draining && is_like(other, record)
+    })
+}
+
+/// Whether an answer that `record`'s node began means the same on `other`'s, and fits it.
+fn is_like(other: &NodeRecord, record: &NodeRecord) -> bool {
+    other.model == record.model
+        && other.text_fingerprint == record.text_fingerprint
+        && other.tokenizer_fingerprint == record.tokenizer_fingerprint
+        && other.context_length >= record.context_length
+}
+
 /// The least-scored node that takes new work.
 fn best<'s, 'a: 's>(
     candidates: impl Iterator<Item = &'s Candidate<'a>>,
