@@ -158,14 +158,13 @@ async fn a_node_without_its_record_stays_for_as_long_as_it_answers() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_drained_node_leaves_at_once_although_it_still_answers() {
+async fn a_node_that_deregisters_leaves_at_once_although_it_still_answers() {
     let server = EtcdServer::start().await.unwrap();
     let node = Answering::start("a").await;
     let (members, watcher) = (connect(&server.endpoint()).await, connect(&server.endpoint()).await);
     let mut view = watcher.watch();
     let registration = members.register(node.record("a"), TTL).await.unwrap();
-    registration.update(|record| record.draining = true);
-    until(&mut view, "a draining", |view| view.nodes.values().any(|a| a.draining)).await;
+    until(&mut view, "a", |view| has(view, "a")).await;
     registration.deregister().await;
     until(&mut view, "a gone", |view| view.nodes.is_empty()).await;
 }

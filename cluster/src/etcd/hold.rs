@@ -65,8 +65,9 @@ impl Holder {
         let node_id = self.held.node_id();
         match self.keep().await {
             End::Leave(done) => {
+                let record = NodeRecord { draining: true, ..self.held.record() };
                 if let Some(hold) = &mut self.hold
-                    && let Err(error) = self.link.call(hold.client.lease_revoke(hold.lease)).await
+                    && let Err(error) = hold.leave(&self.link, &record).await
                 {
                     tracing::warn!(%node_id, %error, "could not deregister; the lease will run out");
                 }
@@ -207,6 +208,14 @@ impl Hold {
                 },
             }
         }
+    }
+
+    /// Takes the record away. It says that the node drains before it goes, so that whoever watches can
+    /// tell a farewell from a lease that ran out.
+    async fn leave(&mut self, link: &Link, record: &NodeRecord) -> Result<(), CallError> {
+        put(link, &mut self.client, record, self.lease).await?;
+        link.call(self.client.lease_revoke(self.lease)).await?;
+        Ok(())
     }
 
     async fn renew(&mut self, link: &Link) -> Result<(), CallError> {
