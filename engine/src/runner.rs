@@ -8,13 +8,25 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use crate::core::pages::PagePool;
 use crate::core::scheduler::SequenceId;
 use crate::core::sequence::{Event, Request};
-use crate::executor::{Executor, Limits, TokenId};
+use crate::exchange::{Copy, Export, ExportLog, Import, Wake};
+use crate::executor::{Executor, ExecutorError, KvFormat, Limits, TokenId};
 use crate::step::{Counters, Engine};
+
+/// Page copies that wait for the next step boundary at most.
+const COPY_QUEUE: usize = 64;
+/// Bytes of pages that are copied between two steps while requests run.
+const COPY_BYTES_A_STEP: usize = 4 << 20;
+/// A step of at least so many tokens is a measure of the prefill rate.
+const PREFILL_TOKENS_MIN: u64 = 32;
+/// How long the thread rests when its requests wait for pages that others hold.
+const STARVED_PAUSE: Duration = Duration::from_millis(1);
 
 /// How an engine runs.
 #[derive(Clone, Copy, Debug)]
@@ -68,22 +80,29 @@ pub struct EngineStats {
     pub kv_tokens_used: usize,
     /// What it did so far.
     pub counters: Counters,
+    /// Tokens a second that steps with many of them computed lately; 0: there was none yet.
+    pub prefill_tokens_per_second: u64,
 }
 
-enum Command {
+/// What the thread is asked.
+#[derive(Debug)]
+pub(crate) enum Command {
     Submit(Box<Submission>),
     Draft(u64, Vec<TokenId>),
     EndDraft(u64),
+    Export(u64, ExportLog),
     /// Looks at the abort flags.
     Wake,
 }
 
-struct Submission {
+#[derive(Debug)]
+pub(crate) struct Submission {
     ticket: u64,
     request: Request,
     client: Client,
 }
 
+#[derive(Debug)]
 struct Client {
     events: mpsc::Sender<Event>,
     aborted: Arc<AtomicBool>,
@@ -92,6 +111,9 @@ struct Client {
 
 struct Shared {
     limits: Limits,
+    kv_format: Option<KvFormat>,
+    /// Pages are given back outside the engine's thread as well.
+    pool: PagePool,
     options: EngineOptions,
     slots: Arc<Semaphore>,
     tickets: AtomicU64,
@@ -103,6 +125,7 @@ struct Shared {
 #[derive(Clone)]
 pub struct EngineHandle {
     inbox: mpsc::Sender<Command>,
+    copies: mpsc::Sender<Copy>,
     shared: Arc<Shared>,
 }
 
@@ -114,9 +137,13 @@ impl EngineHandle {
     #[must_use]
     pub fn start(executor: Box<dyn Executor>, options: EngineOptions) -> Self {
         let (inbox, commands) = mpsc::channel(options.inbox.max(1));
-        let limits = executor.limits();
+        let (copies, pages) = mpsc::channel(COPY_QUEUE);
+        let (limits, kv_format) = (executor.limits(), executor.kv_format());
+        let engine = Engine::new(executor, options.step_tokens);
         let shared = Arc::new(Shared {
             limits,
+            kv_format,
+            pool: engine.pool().clone(),
             options,
             slots: Arc::new(Semaphore::new(options.slots)),
             tickets: AtomicU64::new(0),
@@ -127,17 +154,19 @@ impl EngineHandle {
             }),
         });
         let runner = Runner {
-            engine: Engine::new(executor, options.step_tokens),
+            engine,
             commands,
+            copies: pages,
             clients: HashMap::new(),
             tickets: HashMap::new(),
+            prefill_tokens_per_second: 0,
             shared: Arc::clone(&shared),
         };
         std::thread::Builder::new()
             .name("engine".into())
             .spawn(move || runner.run())
             .expect("the system can start a thread");
-        Self { inbox, shared }
+        Self { inbox, copies, shared }
     }
 
     /// The model's limits.
@@ -146,10 +175,24 @@ impl EngineHandle {
         self.shared.limits
     }
 
-    /// What the engine is doing, as of the last step boundary.
+    /// What its KV pages are to other engines; `None`: they cannot leave it.
+    #[must_use]
+    pub fn kv_format(&self) -> Option<KvFormat> {
+        self.shared.kv_format
+    }
+
+    /// Takes pages in from another engine.
+    #[must_use]
+    pub fn import(&self) -> Import {
+        let id = self.shared.tickets.fetch_add(1, Ordering::Relaxed);
+        Import::new(id, self.copies.clone(), Wake(self.inbox.clone()))
+    }
+
+    /// What the engine is doing; counters are those of the last step boundary.
     #[must_use]
     pub fn stats(&self) -> EngineStats {
         let mut stats = *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        stats.kv_tokens_used = self.shared.pool.used() * self.shared.limits.page_size;
         stats.slots_used = stats.slots - self.shared.slots.available_permits().min(stats.slots);
         stats
     }
@@ -179,7 +222,7 @@ impl EngineHandle {
             mpsc::error::TrySendError::Closed(_) => SubmitError::Stopped,
         })?;
         let control = DraftSender { ticket, inbox: self.inbox.clone() };
-        Ok(Generation { events: received, control, aborted })
+        Ok(Generation { events: received, control, copies: self.copies.clone(), aborted })
     }
 
     fn check(&self, request: &Request) -> Result<(), SubmitError> {
@@ -221,6 +264,7 @@ impl EngineHandle {
 pub struct Generation {
     events: mpsc::Receiver<Event>,
     control: DraftSender,
+    copies: mpsc::Sender<Copy>,
     aborted: Arc<AtomicBool>,
 }
 
@@ -233,6 +277,19 @@ impl Generation {
     /// An event that is there already.
     pub fn try_next(&mut self) -> Option<Event> {
         self.events.try_recv().ok()
+    }
+
+    /// Follows the request's KV pages, from what is computed by now. It takes the place of an
+    /// earlier one.
+    ///
+    /// # Errors
+    /// [`SubmitError::Stopped`]
+    pub async fn export(&self) -> Result<Export, SubmitError> {
+        let wake = Wake(self.control.inbox.clone());
+        let (log, mut export) = ExportLog::new(self.copies.clone(), wake);
+        self.control.send(Command::Export(self.control.ticket, log)).await?;
+        export.attached().await;
+        Ok(export)
     }
 
     /// What gives this request its draft.
@@ -282,15 +339,17 @@ impl DraftSender {
 struct Runner {
     engine: Engine,
     commands: mpsc::Receiver<Command>,
+    copies: mpsc::Receiver<Copy>,
     clients: HashMap<SequenceId, (u64, Client)>,
     tickets: HashMap<u64, SequenceId>,
+    prefill_tokens_per_second: u64,
     shared: Arc<Shared>,
 }
 
 impl Runner {
     fn run(mut self) {
         loop {
-            if !self.engine.has_work() {
+            if !self.engine.has_work() && self.copies.is_empty() {
                 let Some(command) = self.commands.blocking_recv() else {
                     return;
                 };
@@ -300,8 +359,9 @@ impl Runner {
                 self.apply(command);
             }
             self.drop_aborted();
+            self.copy_pages();
             if self.engine.has_work() {
-                let (events, result) = self.engine.step();
+                let (events, result) = self.step();
                 self.deliver(events);
                 if let Err(error) = result {
                     tracing::error!(fatal = error.fatal, "a step failed: {error}");
@@ -312,6 +372,49 @@ impl Runner {
             }
             self.publish();
         }
+    }
+
+    /// Runs a step, and looks at the clock around it.
+    fn step(&mut self) -> (Vec<(SequenceId, Event)>, Result<(), ExecutorError>) {
+        let before = self.engine.counters();
+        let started = Instant::now();
+        let result = self.engine.step();
+        let after = self.engine.counters();
+        let tokens = after.tokens_extended - before.tokens_extended;
+        if tokens >= PREFILL_TOKENS_MIN {
+            let rate = (tokens as f64 / started.elapsed().as_secs_f64().max(1e-9)) as u64;
+            let old = self.prefill_tokens_per_second;
+            self.prefill_tokens_per_second = if old == 0 { rate } else { old - old / 4 + rate / 4 };
+        }
+        if after.steps == before.steps && result.0.is_empty() {
+            std::thread::sleep(STARVED_PAUSE);
+        }
+        result
+    }
+
+    /// Copies pages that leave or come in; few of them while requests wait for their next step.
+    fn copy_pages(&mut self) {
+        let mut bytes = 0;
+        for _ in 0..COPY_QUEUE {
+            if bytes >= COPY_BYTES_A_STEP && self.engine.has_work() {
+                break;
+            }
+            let Ok(copy) = self.copies.try_recv() else { break };
+            match copy {
+                Copy::Read { page, mut buffer, reply } => {
+                    let read = self.engine.read_page(&page, &mut buffer);
+                    bytes += buffer.len();
+                    drop(page);
+                    let _ = reply.send(read.then_some(buffer));
+                }
+                Copy::Write { page, reply } => {
+                    bytes += page.data.len();
+                    let written = self.engine.write_page(&page);
+                    let _ = reply.send(written.map(|()| page.data));
+                }
+            }
+        }
+        self.engine.drop_imports();
     }
 
     fn apply(&mut self, command: Command) {
@@ -333,6 +436,10 @@ impl Runner {
                     self.deliver(events);
                 }
             }
+            Command::Export(ticket, log) => match self.tickets.get(&ticket) {
+                Some(&id) => self.engine.export(id, log),
+                None => log.end(),
+            },
             Command::Wake => {}
         }
     }
@@ -373,9 +480,7 @@ impl Runner {
 
     fn publish(&self) {
         let mut stats = self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
-        let pool = self.engine.pool();
-        stats.kv_tokens_used =
-            (pool.total() - pool.free() - pool.idle()) * self.shared.limits.page_size;
         stats.counters = self.engine.counters();
+        stats.prefill_tokens_per_second = self.prefill_tokens_per_second;
     }
 }

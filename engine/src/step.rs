@@ -1,12 +1,15 @@
 //! The life of a token on one screen: plan → execute → commit.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crate::core::pages::{Page, PagePool};
 use crate::core::prefix::PrefixCache;
 use crate::core::scheduler::{self, Budget, Demand, Plan, SequenceId};
 use crate::core::sequence::{Event, Request, Sequence};
-use crate::executor::{Executor, ExecutorError, Found, Limits, Probe, TokenId};
+use crate::exchange::{ExportLog, ExportedPage, ImportError, Imported, IncomingPage};
+use crate::executor::{Executor, ExecutorError, Found, KvFormat, Limits, Probe, TokenId};
 
 /// What an engine has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,6 +36,9 @@ pub struct Engine {
     starved: Option<SequenceId>,
     next_id: u64,
     counters: Counters,
+    /// Who follows the sequences' pages.
+    exports: BTreeMap<SequenceId, ExportLog>,
+    imports: BTreeMap<u64, Imported>,
 }
 
 impl Engine {
@@ -50,6 +56,8 @@ impl Engine {
             starved: None,
             next_id: 0,
             counters: Counters::default(),
+            exports: BTreeMap::new(),
+            imports: BTreeMap::new(),
         }
     }
 
@@ -57,6 +65,12 @@ impl Engine {
     #[must_use]
     pub fn pool(&self) -> &PagePool {
         &self.pool
+    }
+
+    /// What its pages are to other engines; `None`: they cannot leave it.
+    #[must_use]
+    pub fn kv_format(&self) -> Option<KvFormat> {
+        self.executor.kv_format()
     }
 
     /// What was done so far.
@@ -93,6 +107,90 @@ impl Engine {
     /// Drops a sequence and frees its pages.
     pub fn remove(&mut self, id: SequenceId) {
         self.sequences.remove(&id);
+        if let Some(log) = self.exports.remove(&id) {
+            log.end();
+        }
+    }
+
+    /// Lets `log` follow a sequence's pages; it takes the place of one that did.
+    pub(crate) fn export(&mut self, id: SequenceId, log: ExportLog) {
+        match self.sequences.get(&id) {
+            Some(sequence) => {
+                log.update(sequence.computed_tokens(), &sequence.pages, self.limits.page_size);
+                if let Some(old) = self.exports.insert(id, log) {
+                    old.end();
+                }
+            }
+            None => log.end(),
+        }
+    }
+
+    /// Copies an exported page. `None`: it was taken back.
+    pub(crate) fn read_page(&mut self, page: &ExportedPage, buffer: &mut Vec<u8>) -> bool {
+        let Some(id) = page.readable() else { return false };
+        self.executor
+            .read_page(id, buffer)
+            .inspect_err(|error| tracing::warn!(%error, "a KV page could not be read"))
+            .is_ok()
+    }
+
+    /// Takes a page in: into the prefix cache, unless it is there already, and into the hold of its
+    /// import.
+    ///
+    /// # Errors
+    /// See [`ImportError`].
+    pub(crate) fn write_page(&mut self, page: &IncomingPage) -> Result<(), ImportError> {
+        let page_size = self.limits.page_size;
+        let fresh = || Imported::new(Arc::clone(&page.dropped));
+        let import = self.imports.entry(page.import).or_insert_with(fresh);
+        if page.tokens.len() != page_size {
+            return Err(ImportError::Size);
+        }
+        if !import.cut(page.index, page_size) {
+            return Err(ImportError::Gap);
+        }
+        import.tokens.extend_from_slice(&page.tokens);
+        let mut cached = self.prefixes.lookup(&import.tokens);
+        if cached.len() > page.index {
+            import.pages.push(cached.swap_remove(page.index));
+            return Ok(());
+        }
+        let mut written = || {
+            // Each request may need a page at any moment.
+            if self.pool.free() + self.pool.idle() <= self.sequences.len() {
+                return Err(ImportError::NoRoom);
+            }
+            let free = take_page(&self.pool, &mut self.prefixes).ok_or(ImportError::NoRoom)?;
+            self.executor.write_page(free.id(), &page.data).map_err(|error| {
+                tracing::warn!(%error, "a KV page could not be written");
+                ImportError::Failed
+            })?;
+            Ok(free)
+        };
+        match written() {
+            Ok(page) => {
+                import.pages.push(page);
+                self.prefixes.insert(&import.tokens, &import.pages);
+                Ok(())
+            }
+            Err(error) => {
+                import.cut(page.index, page_size);
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives up what imports hold that are over.
+    pub(crate) fn drop_imports(&mut self) {
+        self.imports.retain(|_, import| !import.dropped.load(Ordering::Acquire));
+    }
+
+    /// Gives up what all imports hold: it is only a hint, and requests need the room. Returns
+    /// whether there was anything.
+    fn release_imports(&mut self) -> bool {
+        let held = self.imports.values().any(|import| !import.pages.is_empty());
+        self.imports.clear();
+        held
     }
 
     /// Whether a step would find something to do.
@@ -107,7 +205,10 @@ impl Engine {
     /// [`ExecutorError`]: the step's sequences got [`Event::Failed`]; on a fatal one all did.
     pub fn step(&mut self) -> (Vec<(SequenceId, Event)>, Result<(), ExecutorError>) {
         self.reuse_prefixes();
-        let plan = self.plan();
+        let mut plan = self.plan();
+        if (plan.starved.is_some() || !plan.preempt.is_empty()) && self.release_imports() {
+            plan = self.plan();
+        }
         self.starved = plan.starved;
         let probes = self.prepare(&plan);
         match self.execute(&plan, &probes) {
@@ -205,6 +306,7 @@ impl Engine {
             // A draft that was cut leaves pages that hold nothing.
             sequence.pages.truncate(sequence.computed().div_ceil(self.limits.page_size));
             self.prefixes.insert(sequence.settled(), &sequence.pages);
+            follow(&mut self.exports, extend.id, sequence, self.limits.page_size);
             events.extend(happened.into_iter().map(|event| (extend.id, event)));
             self.retire(extend.id);
         }
@@ -219,7 +321,7 @@ impl Engine {
         };
         lost.into_iter()
             .map(|id| {
-                self.sequences.remove(&id);
+                self.remove(id);
                 (id, Event::Failed { message: error.message.clone() })
             })
             .collect()
@@ -227,8 +329,23 @@ impl Engine {
 
     fn retire(&mut self, id: SequenceId) {
         if self.sequences.get(&id).is_some_and(Sequence::is_finished) {
-            self.sequences.remove(&id);
+            self.remove(id);
         }
+    }
+}
+
+/// Tells whoever follows a sequence's pages what is computed now.
+fn follow(
+    exports: &mut BTreeMap<SequenceId, ExportLog>,
+    id: SequenceId,
+    sequence: &Sequence,
+    page_size: usize,
+) {
+    let Some(log) = exports.get(&id) else { return };
+    if log.is_abandoned() {
+        exports.remove(&id);
+    } else {
+        log.update(sequence.computed_tokens(), &sequence.pages, page_size);
     }
 }
 

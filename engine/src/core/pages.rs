@@ -62,6 +62,13 @@ impl PagePool {
         self.lock().idle
     }
 
+    /// Pages that somebody but the prefix cache holds.
+    #[must_use]
+    pub fn used(&self) -> usize {
+        let state = self.lock();
+        self.total - state.free.len() - state.idle
+    }
+
     /// Takes a free page, if there is one.
     #[must_use]
     pub fn take(&self) -> Option<Page> {

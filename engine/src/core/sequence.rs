@@ -195,6 +195,12 @@ impl Sequence {
         self.computed
     }
 
+    /// The tokens whose KV is in the pages, undecided draft tokens included.
+    #[must_use]
+    pub fn computed_tokens(&self) -> &[TokenId] {
+        &self.tokens[..self.computed]
+    }
+
     /// Tokens of the answer so far, undecided draft tokens included.
     #[must_use]
     pub fn answer_len(&self) -> usize {

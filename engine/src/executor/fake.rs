@@ -4,7 +4,10 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::{Executor, ExecutorError, Found, Limits, Row, Scored, TokenId};
+use super::{
+    Executor, ExecutorError, Found, KvDtype, KvFormat, KvLayout, Limits, ModelHash, PageId, Row,
+    Scored, TokenId,
+};
 use crate::core::sampling::{Scratch, sample};
 
 /// How a [`FakeExecutor`] behaves.
@@ -26,6 +29,8 @@ pub struct FakeOptions {
     pub token_latency: Duration,
     /// Holds every step back while it is closed.
     pub gate: Option<Arc<Gate>>,
+    /// Tensor-parallel ranks that its pages look like they come from.
+    pub tp: usize,
 }
 
 impl Default for FakeOptions {
@@ -39,6 +44,7 @@ impl Default for FakeOptions {
             step_latency: Duration::ZERO,
             token_latency: Duration::ZERO,
             gate: None,
+            tp: 1,
         }
     }
 }
@@ -65,10 +71,18 @@ impl Gate {
     }
 }
 
+/// A token whose KV is in no slot.
+const NOTHING: TokenId = TokenId::MAX;
+
 /// See the [module](self).
+///
+/// It remembers which token each slot of its pages was computed for and refuses a row whose page
+/// table says something else: KV that went astray is an error, not a different answer.
 #[derive(Clone, Debug)]
 pub struct FakeExecutor {
     options: FakeOptions,
+    /// `[page][slot]`, the token plus one; 0: never written.
+    slots: Vec<TokenId>,
 }
 
 impl FakeExecutor {
@@ -78,7 +92,8 @@ impl FakeExecutor {
     /// A fake that behaves as `options` say.
     #[must_use]
     pub fn new(options: FakeOptions) -> Self {
-        Self { options }
+        let Limits { pages, page_size, .. } = options.limits;
+        Self { slots: vec![0; pages * page_size], options }
     }
 
     /// The token that the fake says after `context`: a function of its last eight tokens.
@@ -123,11 +138,114 @@ impl Executor for FakeExecutor {
         if !time.is_zero() {
             std::thread::sleep(time);
         }
+        for (index, row) in rows.iter().enumerate() {
+            self.keep(row).map_err(|what| {
+                let message = format!("row {index}: {what}");
+                ExecutorError { message, fatal: false }
+            })?;
+        }
         Ok(rows.iter().map(|row| self.answer(row)).collect())
+    }
+
+    fn kv_format(&self) -> Option<KvFormat> {
+        let FakeOptions { salt, agreement_percent, stop_token, limits, .. } = &self.options;
+        let mut model = [0; 32];
+        let parts = [*salt, *agreement_percent, stop_token.1, limits.vocab_size as u64];
+        for (bytes, part) in model.chunks_exact_mut(8).zip(parts) {
+            bytes.copy_from_slice(&part.to_le_bytes());
+        }
+        Some(KvFormat { model: ModelHash(model), layout: self.layout() })
+    }
+
+    fn read_page(&mut self, page: PageId, out: &mut Vec<u8>) -> Result<(), ExecutorError> {
+        let layout = self.layout();
+        out.clear();
+        let tokens = &self.slots[page.0 as usize * layout.page_size..][..layout.page_size];
+        for_each_element(&layout, |slot, mark| {
+            out.extend((tokens[slot] ^ mark).to_le_bytes());
+        });
+        Ok(())
+    }
+
+    fn write_page(&mut self, page: PageId, data: &[u8]) -> Result<(), ExecutorError> {
+        let layout = self.layout();
+        if data.len() != layout.page_bytes() {
+            let (expected, found) = (layout.page_bytes(), data.len());
+            let message = format!("expected a page of {expected} bytes, found {found}");
+            return Err(ExecutorError { message, fatal: false });
+        }
+        let tokens = &mut self.slots[page.0 as usize * layout.page_size..][..layout.page_size];
+        tokens.fill(0);
+        let mut elements = data.as_chunks::<4>().0.iter();
+        for_each_element(&layout, |slot, mark| {
+            let element = elements.next().map_or(0, |bytes| u32::from_le_bytes(*bytes)) ^ mark;
+            // Elements that do not agree are no token's.
+            let agrees = tokens[slot] == 0 || tokens[slot] == element;
+            tokens[slot] = if agrees { element } else { NOTHING };
+        });
+        Ok(())
+    }
+}
+
+/// Calls `f` with the slot and the mark of each element of a page, in their order. The mark tells
+/// elements of the same token apart by layer, head and place.
+fn for_each_element(layout: &KvLayout, mut f: impl FnMut(usize, u32)) {
+    for rank in 0..layout.tp {
+        for layer in 0..layout.layers {
+            let mark = |value: bool, head: usize, dim: usize| {
+                let place = [layer, usize::from(value), head, dim];
+                let hash = place.iter().fold(17, |hash, &part| mix(hash, part as u64));
+                (hash >> 32) as u32
+            };
+            for head in layout.heads(rank) {
+                for dim in 0..layout.head_dim {
+                    (0..layout.page_size).for_each(|slot| f(slot, mark(false, head, dim)));
+                }
+            }
+            for head in layout.heads(rank) {
+                for slot in 0..layout.page_size {
+                    (0..layout.head_dim).for_each(|dim| f(slot, mark(true, head, dim)));
+                }
+            }
+        }
     }
 }
 
 impl FakeExecutor {
+    fn layout(&self) -> KvLayout {
+        let FakeOptions { limits, tp, .. } = &self.options;
+        KvLayout {
+            page_size: limits.page_size,
+            layers: 2,
+            kv_heads: 4,
+            head_dim: 2,
+            dtype: KvDtype::F32,
+            tp: (*tp).max(1),
+        }
+    }
+
+    /// Checks the KV that a row builds on, and adds that of its new tokens.
+    fn keep(&mut self, row: &Row<'_>) -> Result<(), String> {
+        let page_size = self.options.limits.page_size;
+        for (index, page) in row.pages.iter().enumerate() {
+            let start = index * page_size;
+            let end = row.context.len().min(start + page_size);
+            let slots = self.slots.get_mut(page.0 as usize * page_size..).unwrap_or_default();
+            for (position, slot) in (start..end).zip(slots) {
+                let kept = row.context[position] + 1;
+                if position >= row.start {
+                    *slot = kept;
+                } else if *slot != kept {
+                    return Err(format!(
+                        "position {position} holds the KV of another token than {}",
+                        row.context[position]
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The token that `row`'s sampling chooses after `context`, whose likeliest one is `next`.
     fn sampled(&self, row: &Row<'_>, context: &[TokenId], next: TokenId) -> TokenId {
         if row.sampling.is_plain_greedy() {

@@ -2,9 +2,11 @@
 
 pub mod cpu;
 pub mod fake;
+pub mod kv;
 
 use crate::core::pages::PageId;
 use crate::core::sampling::Sampling;
+pub use kv::{KvDtype, KvFormat, KvLayout, ModelHash};
 
 /// A token id in the model's vocabulary.
 pub type TokenId = u32;
@@ -99,4 +101,27 @@ pub trait Executor: Send {
     /// # Errors
     /// [`ExecutorError`] when the device fails.
     fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError>;
+
+    /// What its pages are to other executors. `None`: they cannot leave it.
+    fn kv_format(&self) -> Option<KvFormat> {
+        None
+    }
+
+    /// Copies a page into `out`, which is resized to fit, in the layout of [`Self::kv_format`].
+    ///
+    /// # Errors
+    /// [`ExecutorError`] when the page cannot be read.
+    fn read_page(&mut self, page: PageId, out: &mut Vec<u8>) -> Result<(), ExecutorError> {
+        let _ = (page, out);
+        Err(ExecutorError { message: "pages cannot be read here".into(), fatal: false })
+    }
+
+    /// Overwrites a page with bytes in the layout of [`Self::kv_format`].
+    ///
+    /// # Errors
+    /// [`ExecutorError`] when the page cannot be written, or has another size.
+    fn write_page(&mut self, page: PageId, data: &[u8]) -> Result<(), ExecutorError> {
+        let _ = (page, data);
+        Err(ExecutorError { message: "pages cannot be written here".into(), fatal: false })
+    }
 }

@@ -10,7 +10,8 @@ use super::error::LoadError;
 use super::names::{Names, Slot};
 use super::shard::{Parts, Shard, TooManyRanks};
 use super::source::{Record, Source};
-use super::{Layer, Linear, Model, Progress, WeightDtype};
+use super::{Layer, Linear, Model, Progress, WeightDtype, Whole};
+use crate::executor::ModelHash;
 
 /// Rows that are read together where columns are cut out of them.
 const COLUMN_CUT_ROWS: usize = 64;
@@ -93,6 +94,7 @@ impl<'a> Loader<'a> {
             (0..config.layers).map(|i| self.layer(&config, &parts, i)).collect::<Result<_, _>>()?;
         let final_norm = self.norm(self.names.final_norm(), config.hidden_size, &config)?;
         (self.progress)(Progress { bytes_loaded: self.bytes_total, bytes_total: self.bytes_total });
+        let whole = Whole { hash: ModelHash::default(), kv_heads: config.kv_heads };
         let config = ModelConfig {
             heads: parts.heads.len(),
             kv_heads: parts.kv_heads.len(),
@@ -100,7 +102,7 @@ impl<'a> Loader<'a> {
             ..config
         };
         let (shard, vocab) = (self.shard, parts.vocab);
-        Ok(Model { config, shard, vocab, embedding, head, final_norm, layers })
+        Ok(Model { config, whole, shard, vocab, embedding, head, final_norm, layers })
     }
 
     fn layer(

@@ -10,6 +10,7 @@ mod config;
 mod error;
 mod family;
 mod gemma2;
+mod hash;
 mod llama;
 mod loader;
 mod names;
@@ -36,6 +37,7 @@ pub use rope::{Rope, RopeScaling};
 pub use shard::{Shard, TooManyRanks};
 pub use weights::Weights;
 
+use crate::executor::ModelHash;
 use family::{GgufReader, HfReader};
 use loader::Loader;
 use names::Names;
@@ -130,12 +132,20 @@ pub(crate) struct Layer {
     pub(crate) post_mlp_norm: Option<Vec<f32>>,
 }
 
+/// What is the same on every rank.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Whole {
+    pub(crate) hash: ModelHash,
+    pub(crate) kv_heads: usize,
+}
+
 /// A loaded model, or one rank's part of it: configuration and weights, shared read-only by its
 /// executors.
 #[derive(Debug)]
 pub struct Model {
     /// Of this rank: its own heads and its own part of the MLP's width.
     config: ModelConfig,
+    whole: Whole,
     shard: Shard,
     /// Tokens whose rows of the embedding and the head are here.
     pub(crate) vocab: Range<usize>,
@@ -180,17 +190,21 @@ impl Model {
                 (family.from_hf)(&HfReader { config: &hf, path: &file })?.validate(&file)?;
             let names = Names::Hf { post_norms: config.post_norms };
             let source = Source::Dir(SafetensorsDir::open(path)?);
-            Loader::new(source, names, false, options.dtype, shard, &pool, progress).model(config)
+            let hash = hash::hash(&source, &config, options.dtype)?;
+            let loader = Loader::new(source, names, false, options.dtype, shard, &pool, progress);
+            Ok(loader.model(config)?.named(hash))
         } else {
             let gguf = Gguf::open(path)?;
             let family = family::of_gguf(&gguf)?;
             let reader = GgufReader { gguf: &gguf, arch: family.gguf_arch };
             let config = (family.from_gguf)(&reader)?.validate(path)?;
             let source = Source::Gguf(gguf);
+            let hash = hash::hash(&source, &config, options.dtype)?;
             let interleaved = family.gguf_interleaved;
             let names = Names::Gguf;
-            Loader::new(source, names, interleaved, options.dtype, shard, &pool, progress)
-                .model(config)
+            let loader =
+                Loader::new(source, names, interleaved, options.dtype, shard, &pool, progress);
+            Ok(loader.model(config)?.named(hash))
         }
     }
 
@@ -205,6 +219,23 @@ impl Model {
     #[must_use]
     pub fn shard(&self) -> Shard {
         self.shard
+    }
+
+    /// Names the model and how its weights are kept.
+    #[must_use]
+    pub fn hash(&self) -> ModelHash {
+        self.whole.hash
+    }
+
+    /// Key-value heads of the whole model.
+    #[must_use]
+    pub fn kv_heads(&self) -> usize {
+        self.whole.kv_heads
+    }
+
+    fn named(mut self, hash: ModelHash) -> Self {
+        self.whole.hash = hash;
+        self
     }
 
     /// Bytes of all matrices in memory.

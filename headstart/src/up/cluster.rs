@@ -306,6 +306,7 @@ async fn tell_gauges(drafters: Vec<EngineHandle>, bases: Vec<EngineHandle>) {
 
 fn total(engines: &[EngineHandle]) -> EngineStats {
     engines.iter().map(EngineHandle::stats).fold(EngineStats::default(), |sum, one| EngineStats {
+        prefill_tokens_per_second: sum.prefill_tokens_per_second.max(one.prefill_tokens_per_second),
         slots: sum.slots + one.slots,
         slots_used: sum.slots_used + one.slots_used,
         kv_tokens: sum.kv_tokens + one.kv_tokens,

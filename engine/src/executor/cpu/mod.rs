@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use headstart_kernels::{KvPool, KvShape, RopeAngles, ThreadPool};
 
-use super::{Executor, ExecutorError, Found, Limits, Row};
+use super::{Executor, ExecutorError, Found, KvDtype, KvFormat, KvLayout, Limits, PageId, Row};
 use crate::collective::{Alone, Collective, RankLost};
 use crate::core::sampling;
 use crate::model::{Model, Weights};
@@ -154,6 +154,36 @@ impl CpuExecutor {
         Ok(found)
     }
 
+    fn check_page(&self, page: PageId) -> Result<(), ExecutorError> {
+        if (page.0 as usize) < self.limits.pages {
+            return Ok(());
+        }
+        let message = format!("page {} of {}", page.0, self.limits.pages);
+        Err(ExecutorError { message, fatal: false })
+    }
+
+    /// What pages are that `ranks` of these make together.
+    fn kv_format_of(&self, ranks: usize) -> KvFormat {
+        let KvShape { layers, head_dim, page_size, .. } = *self.kv.shape();
+        let (model, kv_heads) = (self.model.hash(), self.model.kv_heads());
+        let layout =
+            KvLayout { page_size, layers, kv_heads, head_dim, dtype: KvDtype::F32, tp: ranks };
+        KvFormat { model, layout }
+    }
+
+    /// Copies this rank's part of a page; the pool's own layout is that of [`KvLayout`].
+    fn copy_page_out(&self, page: PageId, out: &mut [u8]) {
+        for (bytes, float) in out.as_chunks_mut::<4>().0.iter_mut().zip(self.kv.page(page.0)) {
+            *bytes = float.to_le_bytes();
+        }
+    }
+
+    fn copy_page_in(&mut self, page: PageId, data: &[u8]) {
+        for (float, bytes) in self.kv.page_mut(page.0).iter_mut().zip(data.as_chunks::<4>().0) {
+            *float = f32::from_le_bytes(*bytes);
+        }
+    }
+
     /// Refuses a batch that would reach outside the model or the pool.
     fn check(&self, rows: &[Row<'_>]) -> Result<(), ExecutorError> {
         let Limits { vocab_size, context_length, page_size, pages } = self.limits;
@@ -227,6 +257,33 @@ impl Executor for CpuExecutor {
         let found = self.run(rows).map_err(lost)?;
         probe::join(rows, vec![found], &mut self.sampler)
     }
+
+    fn kv_format(&self) -> Option<KvFormat> {
+        Some(self.kv_format_of(1))
+    }
+
+    fn read_page(&mut self, page: PageId, out: &mut Vec<u8>) -> Result<(), ExecutorError> {
+        self.check_page(page)?;
+        out.resize(self.kv.shape().page_bytes(), 0);
+        self.copy_page_out(page, out);
+        Ok(())
+    }
+
+    fn write_page(&mut self, page: PageId, data: &[u8]) -> Result<(), ExecutorError> {
+        self.check_page(page)?;
+        check_size(data, self.kv.shape().page_bytes())?;
+        self.copy_page_in(page, data);
+        Ok(())
+    }
+}
+
+/// Refuses bytes that are no page.
+fn check_size(data: &[u8], expected: usize) -> Result<(), ExecutorError> {
+    if data.len() == expected {
+        return Ok(());
+    }
+    let message = format!("expected a page of {expected} bytes, found {}", data.len());
+    Err(ExecutorError { message, fatal: false })
 }
 
 fn lost(lost: RankLost) -> ExecutorError {

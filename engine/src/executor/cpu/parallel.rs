@@ -3,10 +3,10 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use super::{CpuExecutor, CpuOptions, lost, probe};
+use super::{CpuExecutor, CpuOptions, check_size, lost, probe};
 use crate::collective::{RankLost, SharedMemory};
 use crate::core::sampling;
-use crate::executor::{Executor, ExecutorError, Found, Limits, Row};
+use crate::executor::{Executor, ExecutorError, Found, KvFormat, Limits, PageId, Row};
 use crate::model::Model;
 
 /// The ranks of one model. The calling thread leads: it checks the batch, is rank 0 itself, and
@@ -42,6 +42,11 @@ impl TensorParallel {
         let ranks = parts.into_iter().zip(ends).enumerate().map(rank).collect::<Result<_, _>>()?;
         Ok(Self { ranks, sampler: sampling::Scratch::default() })
     }
+
+    /// Bytes of a page, all ranks.
+    fn page_bytes(&self) -> usize {
+        self.ranks.iter().map(|rank| rank.kv.shape().page_bytes()).sum()
+    }
 }
 
 impl Executor for TensorParallel {
@@ -60,6 +65,34 @@ impl Executor for TensorParallel {
             std::iter::once(first).chain(others).collect::<Result<Vec<_>, _>>()
         });
         probe::join(rows, found.map_err(lost)?, &mut self.sampler)
+    }
+
+    fn kv_format(&self) -> Option<KvFormat> {
+        Some(self.ranks[0].kv_format_of(self.ranks.len()))
+    }
+
+    fn read_page(&mut self, page: PageId, out: &mut Vec<u8>) -> Result<(), ExecutorError> {
+        self.ranks[0].check_page(page)?;
+        out.resize(self.page_bytes(), 0);
+        let mut rest = out.as_mut_slice();
+        for rank in &self.ranks {
+            let (part, after) = rest.split_at_mut(rank.kv.shape().page_bytes());
+            rank.copy_page_out(page, part);
+            rest = after;
+        }
+        Ok(())
+    }
+
+    fn write_page(&mut self, page: PageId, data: &[u8]) -> Result<(), ExecutorError> {
+        self.ranks[0].check_page(page)?;
+        check_size(data, self.page_bytes())?;
+        let mut rest = data;
+        for rank in &mut self.ranks {
+            let (part, after) = rest.split_at(rank.kv.shape().page_bytes());
+            rank.copy_page_in(page, part);
+            rest = after;
+        }
+        Ok(())
     }
 }
 

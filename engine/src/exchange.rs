@@ -1,0 +1,353 @@
+//! KV pages that leave an engine, and pages that come in.
+//!
+//! An [`Export`] follows a sequence: each full page appears in its [`ExportView`] as soon as it is
+//! computed, under its tokens, those of an undecided draft included. It holds the pages until it is
+//! dropped, also when the sequence is long gone. A page whose tokens the switch cut is taken back
+//! before the sequence overwrites it; what was copied before that is still the KV of its tokens.
+//!
+//! An [`Import`] puts pages into the engine's prefix cache, each behind the one before it, and holds
+//! them until it is dropped. What it holds is only a hint: an engine that needs the room takes it.
+//!
+//! Pages are copied on the engine's thread, between steps, few at a time while requests run.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::core::pages::{Page, PageId, PageTable};
+use crate::executor::TokenId;
+use crate::runner::Command;
+
+static SERIALS: AtomicU64 = AtomicU64::new(0);
+
+/// A full page of a sequence, with the tokens it is the KV of.
+#[derive(Debug)]
+pub struct ExportedPage {
+    serial: u64,
+    tokens: Box<[TokenId]>,
+    page: Page,
+    retracted: AtomicBool,
+}
+
+impl ExportedPage {
+    /// Tells this page from every other one exported by this process.
+    #[must_use]
+    pub fn serial(&self) -> u64 {
+        self.serial
+    }
+
+    /// The page's tokens, a page's size of them.
+    #[must_use]
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    /// The page to be read, unless it was taken back.
+    pub(crate) fn readable(&self) -> Option<PageId> {
+        (!self.retracted.load(Ordering::Acquire)).then(|| self.page.id())
+    }
+}
+
+/// A sequence's full pages so far.
+#[derive(Clone, Debug, Default)]
+pub struct ExportView {
+    /// The first positions first, without a gap.
+    pub pages: Vec<Arc<ExportedPage>>,
+    /// The engine knows of this export.
+    attached: bool,
+    /// The sequence is over: nothing changes any more.
+    pub ended: bool,
+}
+
+/// The engine's end of an export.
+#[derive(Debug)]
+pub(crate) struct ExportLog(watch::Sender<ExportView>);
+
+impl ExportLog {
+    /// Both ends. `copies` is how pages are read.
+    pub(crate) fn new(copies: mpsc::Sender<Copy>, wake: Wake) -> (Self, Export) {
+        let (sender, view) = watch::channel(ExportView::default());
+        (Self(sender), Export { view, copies, wake })
+    }
+
+    /// Whether nobody follows any more.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.0.is_closed()
+    }
+
+    /// Tells what is computed: `tokens`, whose KV is in `table`.
+    pub(crate) fn update(&self, tokens: &[TokenId], table: &PageTable, page_size: usize) {
+        self.0.send_if_modified(|view| {
+            let mut changed = !view.attached;
+            view.attached = true;
+            let full: Vec<&[TokenId]> = tokens.chunks_exact(page_size).collect();
+            let same = view.pages.iter().zip(&full).take_while(|(old, new)| *old.tokens == ***new);
+            let same = same.count();
+            let in_use = |page: &ExportedPage| {
+                table.pages().get(same).is_some_and(|held| held.id() == page.page.id())
+            };
+            // Fewer pages than before, none of them different: the sequence was preempted and
+            // computes them again elsewhere, or is about to overwrite the one behind them.
+            if same == full.len() && !view.pages.get(same).is_some_and(|page| in_use(page)) {
+                return changed;
+            }
+            for gone in view.pages.drain(same..) {
+                gone.retracted.store(true, Ordering::Release);
+                changed = true;
+            }
+            for (tokens, page) in full.into_iter().zip(table.pages()).skip(same) {
+                view.pages.push(Arc::new(ExportedPage {
+                    serial: SERIALS.fetch_add(1, Ordering::Relaxed),
+                    tokens: tokens.into(),
+                    page: page.clone(),
+                    retracted: AtomicBool::new(false),
+                }));
+                changed = true;
+            }
+            changed
+        });
+    }
+
+    /// The sequence is over.
+    pub(crate) fn end(&self) {
+        self.0.send_modify(|view| {
+            view.attached = true;
+            view.ended = true;
+        });
+    }
+}
+
+/// Follows a sequence's pages. Clones share them; dropping the last one gives the pages back.
+#[derive(Clone, Debug)]
+pub struct Export {
+    view: watch::Receiver<ExportView>,
+    copies: mpsc::Sender<Copy>,
+    wake: Wake,
+}
+
+impl Export {
+    /// Waits until the engine has told what was computed so far.
+    pub(crate) async fn attached(&mut self) {
+        // An engine that is gone has told all it ever will.
+        let _ = self.view.wait_for(|view| view.attached).await;
+    }
+
+    /// What there is now; [`Self::changed`] waits for more than this.
+    pub fn view(&mut self) -> ExportView {
+        self.view.borrow_and_update().clone()
+    }
+
+    /// Waits until the view differs from the last one seen. False when it never will again.
+    pub async fn changed(&mut self) -> bool {
+        self.view.changed().await.is_ok()
+    }
+
+    /// Has a page copied into `buffer`, which is resized to fit.
+    pub async fn read(&self, page: Arc<ExportedPage>, buffer: Vec<u8>) -> Reading {
+        let (reply, answer) = oneshot::channel();
+        // An engine that is gone drops the reply.
+        let _ = self.copies.send(Copy::Read { page, buffer, reply }).await;
+        self.wake.wake();
+        Reading(answer)
+    }
+}
+
+/// A page that is being read.
+#[derive(Debug)]
+pub struct Reading(oneshot::Receiver<Option<Vec<u8>>>);
+
+impl Reading {
+    /// Its bytes. `None`: the page was taken back, or the engine is gone.
+    pub async fn done(self) -> Option<Vec<u8>> {
+        self.0.await.ok()?
+    }
+}
+
+/// Why a page was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ImportError {
+    /// The engine needs its free pages for its requests.
+    #[error("there is no room for the page")]
+    NoRoom,
+    /// The page does not follow on the last one.
+    #[error("the page leaves a gap")]
+    Gap,
+    /// The page's bytes or tokens are not as many as this engine's pages have.
+    #[error("the page has another size")]
+    Size,
+    /// The executor could not write it.
+    #[error("the page could not be written")]
+    Failed,
+    /// The engine has stopped.
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// Puts pages into an engine's prefix cache, and holds them until it is dropped.
+#[derive(Debug)]
+pub struct Import {
+    id: u64,
+    copies: mpsc::Sender<Copy>,
+    wake: Wake,
+    dropped: Arc<AtomicBool>,
+}
+
+impl Import {
+    pub(crate) fn new(id: u64, copies: mpsc::Sender<Copy>, wake: Wake) -> Self {
+        Self { id, copies, wake, dropped: Arc::default() }
+    }
+
+    /// Writes page `index` (0 holds the first positions), which is the KV of `tokens` behind the
+    /// pages before it. An index below the number of pages written takes back those from there on.
+    ///
+    /// # Errors
+    /// [`ImportError::Stopped`]
+    pub async fn write(
+        &self,
+        index: usize,
+        tokens: Vec<TokenId>,
+        data: Vec<u8>,
+    ) -> Result<Writing, ImportError> {
+        let (reply, answer) = oneshot::channel();
+        let dropped = Arc::clone(&self.dropped);
+        let page = IncomingPage { import: self.id, dropped, index, tokens, data };
+        let sent = self.copies.send(Copy::Write { page: Box::new(page), reply }).await;
+        sent.map_err(|_| ImportError::Stopped)?;
+        self.wake.wake();
+        Ok(Writing(answer))
+    }
+}
+
+/// A page that is being written.
+#[derive(Debug)]
+pub struct Writing(oneshot::Receiver<Result<Vec<u8>, ImportError>>);
+
+impl Writing {
+    /// Waits until it is in the cache, and gives its buffer back, once. Cancel safe.
+    ///
+    /// # Errors
+    /// See [`ImportError`]; what was written before stays.
+    pub async fn done(&mut self) -> Result<Vec<u8>, ImportError> {
+        (&mut self.0).await.map_err(|_| ImportError::Stopped)?
+    }
+}
+
+impl Drop for Import {
+    fn drop(&mut self) {
+        self.dropped.store(true, Ordering::Release);
+        self.wake.wake();
+    }
+}
+
+/// A page that an [`Import`] brings.
+#[derive(Debug)]
+pub(crate) struct IncomingPage {
+    pub(crate) import: u64,
+    /// Set when the import is over.
+    pub(crate) dropped: Arc<AtomicBool>,
+    pub(crate) index: usize,
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) data: Vec<u8>,
+}
+
+/// A page to be copied between two steps.
+#[derive(Debug)]
+pub(crate) enum Copy {
+    Read { page: Arc<ExportedPage>, buffer: Vec<u8>, reply: oneshot::Sender<Option<Vec<u8>>> },
+    Write { page: Box<IncomingPage>, reply: oneshot::Sender<Result<Vec<u8>, ImportError>> },
+}
+
+/// Wakes the engine's thread where it sleeps.
+#[derive(Clone, Debug)]
+pub(crate) struct Wake(pub(crate) mpsc::Sender<Command>);
+
+impl Wake {
+    fn wake(&self) {
+        // With a full inbox the thread is awake.
+        let _ = self.0.try_send(Command::Wake);
+    }
+}
+
+/// The pages that one [`Import`] has brought.
+#[derive(Debug)]
+pub(crate) struct Imported {
+    pub(crate) dropped: Arc<AtomicBool>,
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) pages: PageTable,
+}
+
+impl Imported {
+    pub(crate) fn new(dropped: Arc<AtomicBool>) -> Self {
+        Self { dropped, tokens: Vec::new(), pages: PageTable::default() }
+    }
+
+    /// Forgets the pages from `index` on. False: there are fewer.
+    pub(crate) fn cut(&mut self, index: usize, page_size: usize) -> bool {
+        self.pages.truncate(index);
+        self.tokens.truncate(index * page_size);
+        self.pages.len() == index
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::pages::PagePool;
+
+    fn table(pool: &PagePool, pages: usize) -> PageTable {
+        let mut table = PageTable::default();
+        (0..pages).for_each(|_| table.push(pool.take().expect("a free page")));
+        table
+    }
+
+    fn log() -> (ExportLog, Export) {
+        let (copies, _) = mpsc::channel(1);
+        let (inbox, _) = mpsc::channel(1);
+        ExportLog::new(copies, Wake(inbox))
+    }
+
+    fn serials(export: &mut Export) -> Vec<u64> {
+        export.view().pages.iter().map(|page| page.serial()).collect()
+    }
+
+    #[test]
+    fn a_page_about_to_be_overwritten_is_taken_back() {
+        let pool = PagePool::new(8);
+        let mut table = table(&pool, 3);
+        let (log, mut export) = log();
+        log.update(&[1, 2, 3, 4, 5, 6], &table, 2);
+        let before = export.view();
+        assert_eq!(before.pages.len(), 3);
+        // Tokens 4 to 6 are cut: the second page goes on to be used, the third is given back.
+        table.truncate(2);
+        log.update(&[1, 2, 3], &table, 2);
+        let after = serials(&mut export);
+        assert_eq!(after, [before.pages[0].serial()]);
+        let readable = |page: &Arc<ExportedPage>| page.readable().is_some();
+        assert_eq!(before.pages.iter().map(readable).collect::<Vec<_>>(), [true, false, false]);
+        log.update(&[1, 2, 3, 9], &table, 2);
+        assert_eq!(export.view().pages[1].tokens(), [3, 9]);
+        assert_eq!(serials(&mut export)[0], after[0]);
+    }
+
+    #[test]
+    fn pages_of_a_preempted_sequence_stay() {
+        let pool = PagePool::new(8);
+        let mut first = table(&pool, 3);
+        let (log, mut export) = log();
+        log.update(&[1, 2, 3, 4, 5, 6], &first, 2);
+        let before = serials(&mut export);
+        first.truncate(0);
+        assert_eq!(pool.free(), 5, "the export holds them");
+        let again = table(&pool, 4);
+        log.update(&[1, 2, 3, 4], &again, 2);
+        log.update(&[1, 2, 3, 4, 5, 6, 7, 8], &again, 2);
+        assert_eq!(serials(&mut export)[..3], before);
+        assert_eq!(export.view().pages.len(), 4);
+        drop((export, again));
+        assert_eq!(pool.free(), 4, "the log holds them until the sequence is over");
+        drop(log);
+        assert_eq!(pool.free(), 8);
+    }
+}

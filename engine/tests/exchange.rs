@@ -1,0 +1,230 @@
+//! KV pages that leave one engine and enter another.
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{fixtures, load};
+use headstart_engine::executor::cpu::{CpuExecutor, CpuOptions};
+use headstart_engine::executor::fake::{FakeExecutor, FakeOptions};
+use headstart_engine::model::WeightDtype;
+use headstart_engine::{
+    DraftPolicy, EngineHandle, EngineOptions, Event, Executor, Export, Generation, Import,
+    ImportError, Limits, Request, Sampling, TokenId,
+};
+
+fn start(executor: impl Executor + 'static) -> EngineHandle {
+    EngineHandle::start(Box::new(executor), EngineOptions::default())
+}
+
+fn fake(options: FakeOptions) -> EngineHandle {
+    start(FakeExecutor::new(options))
+}
+
+fn request(prompt: Vec<TokenId>, max_tokens: usize) -> Request {
+    Request {
+        prompt,
+        max_tokens,
+        sampling: Sampling::default(),
+        stop_tokens: Arc::from([]),
+        top_logprobs: 0,
+        draft: None,
+        known: Default::default(),
+    }
+}
+
+/// The rest of an answer, with its log-probabilities bit for bit.
+async fn answer(mut generation: Generation) -> Vec<(TokenId, u32)> {
+    let mut answer = Vec::new();
+    while let Some(event) = generation.next().await {
+        match event {
+            Event::Wrote { judged, .. } => {
+                answer.push((judged.token.token, judged.token.logprob.to_bits()));
+            }
+            Event::Read { .. } => {}
+            Event::Finished { .. } => return answer,
+            other => panic!("{other:?}"),
+        }
+    }
+    panic!("the engine stopped");
+}
+
+/// The pages of a request that is over, and its answer. It waits for its draft until it is followed.
+async fn exported(
+    engine: &EngineHandle,
+    prompt: Vec<TokenId>,
+    max_tokens: usize,
+) -> (Export, Vec<(TokenId, u32)>) {
+    let policy =
+        DraftPolicy { window: 6, threshold: 0.8, continue_complete: true, continue_empty: true };
+    let request = Request { draft: Some(policy), ..request(prompt, max_tokens) };
+    let generation = engine.submit(request).expect("a slot");
+    let export = generation.export().await.expect("runs");
+    generation.draft().end().await.expect("runs");
+    (export, answer(generation).await)
+}
+
+/// Copies all pages of `export` that are there.
+async fn copy(export: &mut Export, import: &Import) -> Result<usize, ImportError> {
+    let view = export.view();
+    for (index, page) in view.pages.iter().enumerate() {
+        let data = export.read(page.clone(), Vec::new()).await.done().await.expect("readable");
+        import.write(index, page.tokens().to_vec(), data).await?.done().await?;
+    }
+    Ok(view.pages.len())
+}
+
+/// Runs a request to its end, so that the engine has published what came before.
+async fn settle(engine: &EngineHandle) {
+    answer(engine.submit(request(vec![9], 1)).expect("a slot")).await;
+}
+
+async fn until(what: &str, condition: impl Fn() -> bool) {
+    for _ in 0..2_000 {
+        if condition() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("never: {what}");
+}
+
+/// An answer that begins in `from` and goes on in `to` is that of one engine alone, and `to`
+/// computes only what is no full page.
+async fn moves(from: &EngineHandle, to: &EngineHandle, prompt: Vec<TokenId>) {
+    let page_size = from.limits().page_size;
+    let whole = answer(from.submit(request(prompt.clone(), 40)).expect("a slot")).await;
+    let (mut export, first) = exported(from, prompt.clone(), 24).await;
+    assert_eq!(first, whole[..24]);
+    let import = to.import();
+    // The last token written has no KV.
+    let known = prompt.len() + 23;
+    assert_eq!(copy(&mut export, &import).await, Ok(known / page_size));
+
+    let mut context = prompt;
+    context.extend(first.iter().map(|(token, _)| token));
+    let before = to.stats().counters;
+    let rest = answer(to.submit(request(context.clone(), 16)).expect("a slot")).await;
+    assert_eq!(rest, whole[24..]);
+    until("the counters are told", || to.stats().slots_used == 0).await;
+    let after = to.stats().counters;
+    let reused = known / page_size * page_size;
+    assert_eq!(after.tokens_reused - before.tokens_reused, reused as u64);
+    let extended = context.len() - reused + 15;
+    assert_eq!(after.tokens_extended - before.tokens_extended, extended as u64);
+}
+
+#[tokio::test]
+async fn an_answer_goes_on_with_the_pages_of_another_engine() {
+    moves(&fake(FakeOptions::default()), &fake(FakeOptions::default()), (10..60).collect()).await;
+    let model = load(&fixtures().join("tiny/llama3-rope"), WeightDtype::Auto);
+    let cpu = || {
+        let options = CpuOptions { threads: 1, kv_tokens: 1024, ..CpuOptions::default() };
+        start(CpuExecutor::new(Arc::clone(&model), options).expect("options are right"))
+    };
+    moves(&cpu(), &cpu(), (3..53).collect()).await;
+}
+
+#[tokio::test]
+async fn pages_are_held_by_their_exports_and_imports_and_by_nobody_else() {
+    let (from, to) = (fake(FakeOptions::default()), fake(FakeOptions::default()));
+    let (mut export, _) = exported(&from, (10..42).collect(), 1).await;
+    let import = to.import();
+    assert_eq!(copy(&mut export, &import).await, Ok(2));
+    for engine in [&from, &to] {
+        settle(engine).await;
+        assert_eq!(engine.stats().kv_tokens_used, 32);
+    }
+    drop((export, import));
+    for engine in [&from, &to] {
+        settle(engine).await;
+        assert_eq!(engine.stats().kv_tokens_used, 0);
+    }
+}
+
+#[tokio::test]
+async fn a_page_that_is_cached_already_is_shared() {
+    let (from, to) = (fake(FakeOptions::default()), fake(FakeOptions::default()));
+    let prompt: Vec<TokenId> = (10..42).collect();
+    let (mut export, _) = exported(&from, prompt.clone(), 1).await;
+    answer(to.submit(request(prompt, 1)).expect("a slot")).await;
+    let (one, two) = (to.import(), to.import());
+    assert_eq!(copy(&mut export, &one).await, Ok(2));
+    assert_eq!(copy(&mut export, &two).await, Ok(2));
+    settle(&to).await;
+    assert_eq!(to.stats().kv_tokens_used, 32);
+}
+
+#[tokio::test]
+async fn pages_that_do_not_follow_or_fit_are_refused() {
+    let to = fake(FakeOptions::default());
+    let bytes = to.kv_format().expect("pages can leave").layout.page_bytes();
+    let import = to.import();
+    let write = async |index, tokens: usize, bytes| {
+        let written = import.write(index, vec![3; tokens], vec![0; bytes]).await;
+        written.expect("runs").done().await.map(|_| ())
+    };
+    assert_eq!(write(1, 16, bytes).await, Err(ImportError::Gap));
+    assert_eq!(write(0, 15, bytes).await, Err(ImportError::Size));
+    assert_eq!(write(0, 16, bytes - 1).await, Err(ImportError::Failed));
+    assert_eq!(write(0, 16, bytes).await, Ok(()));
+    assert_eq!(write(2, 16, bytes).await, Err(ImportError::Gap));
+}
+
+#[tokio::test]
+async fn imports_take_no_page_that_a_request_may_need_and_give_theirs_up() {
+    let limits = Limits { vocab_size: 512, context_length: 64, page_size: 16, pages: 4 };
+    let (from, to) =
+        (fake(FakeOptions::default()), fake(FakeOptions { limits, ..Default::default() }));
+    let (mut export, _) = exported(&from, (10..100).collect(), 1).await;
+    let import = to.import();
+    assert_eq!(copy(&mut export, &import).await, Err(ImportError::NoRoom));
+    until("all that was free is used", || to.stats().kv_tokens_used == 64).await;
+    // A request needs two pages: it gets them.
+    assert_eq!(answer(to.submit(request((200..220).collect(), 4)).expect("a slot")).await.len(), 4);
+    settle(&to).await;
+    assert_eq!(to.stats().kv_tokens_used, 0);
+}
+
+#[tokio::test]
+async fn pages_of_a_draft_are_there_before_it_is_decided() {
+    let from = fake(FakeOptions::default());
+    let prompt: Vec<TokenId> = (10..22).collect();
+    let draft: Vec<TokenId> = (400..440).collect();
+    let policy =
+        DraftPolicy { window: 6, threshold: 0.8, continue_complete: true, continue_empty: false };
+    let mut generation = from
+        .submit(Request { draft: Some(policy), ..request(prompt.clone(), 60) })
+        .expect("a slot");
+    let mut export = generation.export().await.expect("runs");
+    generation.draft().push(draft[..12].to_vec()).await.expect("runs");
+    while export.view().pages.is_empty() {
+        assert!(export.changed().await);
+    }
+    let early = export.view().pages[0].clone();
+    assert_eq!(early.tokens(), [&prompt[..], &draft[..4]].concat());
+    generation.draft().push(draft[12..].to_vec()).await.expect("runs");
+    generation.draft().end().await.expect("runs");
+    let (mut kept, mut written) = (0, Vec::new());
+    while let Some(event) = generation.next().await {
+        match event {
+            Event::Read { decision: Some(decision), .. } => kept = decision.kept,
+            Event::Wrote { judged, .. } => written.push(judged.token.token),
+            _ => {}
+        }
+    }
+    let whole = [&prompt[..], &draft[..kept], &written].concat();
+    assert_eq!(whole.len(), 12 + 60);
+    let view = export.view();
+    assert!(view.ended && view.pages[0].serial() == early.serial());
+    assert_eq!(view.pages.len(), (whole.len() - 1) / 16, "the last token has no KV");
+    for (page, tokens) in view.pages.iter().zip(whole.chunks(16)) {
+        assert_eq!(page.tokens(), tokens);
+    }
+    let to = fake(FakeOptions::default());
+    let import = to.import();
+    assert_eq!(copy(&mut export, &import).await, Ok(view.pages.len()));
+    let rest = answer(to.submit(request(whole[..70].to_vec(), 2)).expect("a slot")).await;
+    assert_eq!(rest.iter().map(|(token, _)| *token).collect::<Vec<_>>(), whole[70..]);
+}

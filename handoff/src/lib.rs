@@ -1,0 +1,50 @@
+//! KV pages on their way from the engine that computed them to the one that goes on.
+//!
+//! The receiver pulls. It connects over a [`transport`], says whose KV it wants and what its own
+//! pages look like ([`wire`]), and gets full pages, each with its tokens and a checksum, also those
+//! that are computed while it listens ([`sender`], [`receiver`]). They go into its prefix cache; from
+//! there on they are like any cached prefix. A [`lease`] keeps the sender's pages until they were
+//! read or its time is over. Pages of another size or tensor-parallel degree are re-laid on the way
+//! ([`layout`]). Whether waiting for a page is worth it is decided by [`rates`].
+//!
+//! Nothing that goes wrong here can change an answer: it leaves a shorter cached prefix.
+
+pub mod layout;
+pub mod lease;
+pub mod rates;
+pub mod receiver;
+pub mod sender;
+pub mod transport;
+pub mod wire;
+
+use std::time::Duration;
+
+pub use lease::{Leases, Offer};
+pub use receiver::{Progress, PullError, Source, pull};
+pub use sender::serve;
+pub use transport::{InMemory, KvStream, KvTransport, Tcp};
+pub use wire::{Refusal, RefusalCode};
+
+/// How long either side waits for the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Times {
+    /// For a connection, and for the other side's part of the handshake.
+    pub handshake: Duration,
+    /// For the other side to take or send anything at all.
+    pub stall: Duration,
+    /// A sender that has nothing to send says so after this long; shorter than `stall`.
+    pub alive: Duration,
+    /// How long pages are kept for a reader once their request is over here.
+    pub lease: Duration,
+}
+
+impl Default for Times {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(5),
+            stall: Duration::from_secs(3),
+            alive: Duration::from_millis(500),
+            lease: Duration::from_secs(10),
+        }
+    }
+}

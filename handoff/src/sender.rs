@@ -1,0 +1,231 @@
+//! The side that has the pages: serves one connection.
+
+use std::collections::VecDeque;
+use std::future::Future;
+
+use headstart_engine::{Export, ExportView, KvFormat, Reading};
+use tokio::io::{AsyncRead, AsyncWrite, ReadHalf, WriteHalf};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::Times;
+use crate::layout::compatible;
+use crate::lease::Leases;
+use crate::transport::KvStream;
+use crate::wire::{
+    self, Hello, ReceiverFrame, Refusal, RefusalCode, SenderFrame, WireError, write_control,
+};
+
+/// Pages of one connection that the engine is asked for ahead.
+const READ_AHEAD: usize = 3;
+
+/// How a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// What came is no frame, or the stream broke.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// The receiver was told why it gets nothing (more).
+    #[error("refused: {0}")]
+    Refused(#[from] Refusal),
+    /// The receiver took nothing for too long.
+    #[error("the receiver has stalled")]
+    Stalled,
+}
+
+/// What a connection came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Pages sent.
+    pub pages: usize,
+    /// Bytes of them.
+    pub bytes: u64,
+}
+
+/// Serves a receiver until it has everything, leaves, or the lease ends.
+///
+/// # Errors
+/// [`ServeError`]; the receiver goes on with what it has.
+pub async fn serve(
+    stream: impl KvStream,
+    leases: &Leases,
+    format: KvFormat,
+    times: Times,
+) -> Result<Sent, ServeError> {
+    let (read, write) = tokio::io::split(stream);
+    let mut connection = Connection { read, write, times, sent: Sent::default() };
+    match connection.run(leases, format).await {
+        Ok(()) => Ok(connection.sent),
+        Err(error) => {
+            if let ServeError::Refused(refusal) = &error {
+                // A receiver that takes no last word does without.
+                let _ = connection.control(SenderFrame::Refuse(refusal.clone())).await;
+            }
+            Err(error)
+        }
+    }
+}
+
+struct Connection<S> {
+    read: ReadHalf<S>,
+    write: WriteHalf<S>,
+    times: Times,
+    sent: Sent,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+    async fn run(&mut self, leases: &Leases, format: KvFormat) -> Result<(), ServeError> {
+        let hello = self.hello().await?;
+        if hello.format.model != format.model {
+            let message = format!("the pages are those of model {}", format.model);
+            return Err(Refusal::new(RefusalCode::Mismatch, message).into());
+        }
+        compatible(&format.layout, &hello.format.layout)
+            .map_err(|error| Refusal::new(RefusalCode::Mismatch, error.to_string()))?;
+        let patience = self.times.handshake;
+        let reader = leases.open(&hello.request_id, hello.epoch, patience).await?;
+        self.control(SenderFrame::Accept(format)).await?;
+        let fence = reader.fence.clone();
+        let page_size = format.layout.page_size;
+        let following = self.follow(reader.export.clone(), page_size);
+        tokio::select! {
+            biased;
+            () = fence.cancelled() => {
+                Err(Refusal::new(RefusalCode::Expired, "the lease has ended").into())
+            }
+            followed = following => {
+                followed?;
+                reader.finish();
+                Ok(())
+            }
+        }
+    }
+
+    async fn hello(&mut self) -> Result<Hello, ServeError> {
+        let frame = timeout(self.times.handshake, wire::read_receiver(&mut self.read)).await;
+        match frame.map_err(|_| ServeError::Stalled)?? {
+            ReceiverFrame::Hello(hello) => Ok(hello),
+            ReceiverFrame::OtherVersion(found) => {
+                let message = format!("expected version {}, found {found}", wire::VERSION);
+                Err(Refusal::new(RefusalCode::Version, message).into())
+            }
+            ReceiverFrame::Done => Err(WireError::Malformed("expected a greeting").into()),
+        }
+    }
+
+    /// Sends pages as they are computed, up to the end, and waits until all are taken.
+    async fn follow(&mut self, mut export: Export, page_size: usize) -> Result<(), ServeError> {
+        // The serials of the pages that the receiver has.
+        let mut has: Vec<u64> = Vec::new();
+        let mut alive = Instant::now() + self.times.alive;
+        let mut withheld = None;
+        loop {
+            let view = export.view();
+            let same = has.iter().zip(&view.pages).take_while(|(has, page)| **has == page.serial());
+            has.truncate(same.count());
+            if let Some(next) = view.pages.get(has.len()) {
+                // Only a page that cannot be read is still there after it was not given.
+                if withheld == Some(next.serial()) {
+                    return Err(gone());
+                }
+                withheld = Some(next.serial());
+                self.send_pages(&export, &view, page_size, &mut has).await?;
+                alive = Instant::now() + self.times.alive;
+                continue;
+            }
+            if view.ended {
+                let pages = has.len() as u32;
+                self.control(SenderFrame::End { pages }).await?;
+                return self.done().await;
+            }
+            tokio::select! {
+                changed = export.changed() => if !changed { return Err(gone()) },
+                frame = wire::read_receiver(&mut self.read) => {
+                    frame?;
+                    return Err(WireError::Malformed("a frame before the end").into());
+                }
+                () = sleep_until(alive) => {
+                    self.control(SenderFrame::Alive).await?;
+                    alive = Instant::now() + self.times.alive;
+                }
+            }
+        }
+    }
+
+    /// Sends the pages of `view` that the receiver has not. Stops early at one that was taken back,
+    /// or when a page it has may have been: the next view says what is left.
+    async fn send_pages(
+        &mut self,
+        export: &Export,
+        view: &ExportView,
+        page_size: usize,
+        has: &mut Vec<u64>,
+    ) -> Result<(), ServeError> {
+        let mut reading: VecDeque<Reading> = VecDeque::new();
+        let mut spare: Vec<Vec<u8>> = Vec::new();
+        let mut next = has.len();
+        loop {
+            while reading.len() < READ_AHEAD
+                && let Some(page) = view.pages.get(next)
+            {
+                let buffer = spare.pop().unwrap_or_default();
+                reading.push_back(export.read(page.clone(), buffer).await);
+                next += 1;
+            }
+            let Some(first) = reading.pop_front() else { return Ok(()) };
+            let Some(data) = first.done().await else { return Ok(()) };
+            let page = &view.pages[has.len()];
+            let position = has.len() * page_size;
+            let written = wire::write_page(&mut self.write, position, page.tokens(), &data);
+            in_time(written, self.times).await?;
+            self.sent.pages += 1;
+            self.sent.bytes += data.len() as u64;
+            has.push(page.serial());
+            spare.push(data);
+        }
+    }
+
+    async fn done(&mut self) -> Result<(), ServeError> {
+        let frame = timeout(self.times.stall, wire::read_receiver(&mut self.read)).await;
+        match frame.map_err(|_| ServeError::Stalled)?? {
+            ReceiverFrame::Done => Ok(()),
+            _ => Err(WireError::Malformed("expected the receiver's last frame").into()),
+        }
+    }
+
+    async fn control(&mut self, frame: SenderFrame) -> Result<(), ServeError> {
+        in_time(write_control(&mut self.write, &frame), self.times).await
+    }
+}
+
+/// The engine gives nothing more; what it gave was sent.
+fn gone() -> ServeError {
+    Refusal::new(RefusalCode::Expired, "the pages are gone").into()
+}
+
+async fn in_time(
+    write: impl Future<Output = std::io::Result<()>>,
+    times: Times,
+) -> Result<(), ServeError> {
+    match timeout(times.stall, write).await {
+        Ok(written) => Ok(written.map_err(WireError::from)?),
+        Err(_) => Err(ServeError::Stalled),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use headstart_engine::Request;
+
+    /// A request with a prompt of four tokens.
+    pub(crate) fn request() -> Request {
+        Request {
+            prompt: vec![10, 11, 12, 13],
+            max_tokens: 8,
+            sampling: Default::default(),
+            stop_tokens: Vec::new().into(),
+            top_logprobs: 0,
+            draft: None,
+            known: Default::default(),
+        }
+    }
+}
