@@ -4,7 +4,7 @@ CARGO ?= cargo
 HEADSTART = target/release/headstart
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full overload verify fix bench build setup setup-test
+.PHONY: help demo test test-full overload verify fix bench chaos fuzz soak build setup setup-test
 
 help: ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,18 @@ fix: setup ## Apply format and the lints' own corrections
 
 bench: build ## Measure the engine on SmolLM2 beside this machine's memory bandwidth
 	@$(HEADSTART) bench engine --model smollm2
+
+MINUTES ?= 3
+SCENARIO ?= chaos
+RUNS ?= 1000000
+chaos: build setup-test ## Kill, pause, drain and part the processes of a cluster under load: MINUTES=3 SCENARIO=chaos|etcd-down|etcd-empty|rolling|calm
+	@target/release/chaos --minutes $(MINUTES) --scenario $(SCENARIO) --model "$$($(HEADSTART) models pull smollm2)" $(CHAOS)
+
+fuzz: build ## Feed every parser that faces outside with RUNS=1000000 inputs that are almost right
+	@target/release/fuzz --runs $(RUNS) $(FUZZ)
+
+soak: build setup-test ## Steady load for MINUTES=3, with memory, slots and pages sampled and drawn
+	@target/release/soak --minutes $(MINUTES) --model "$$($(HEADSTART) models pull smollm2)" $(SOAK)
 
 build: setup ## Build the binaries
 	$(CARGO) build --release --locked --workspace --bins

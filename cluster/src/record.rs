@@ -107,7 +107,10 @@ impl NodeRecord {
     }
 
     /// Reads the stored form.
-    pub(crate) fn from_json(json: &[u8]) -> Result<Self, ClusterError> {
+    ///
+    /// # Errors
+    /// [`ClusterError::Invalid`] for what is no record.
+    pub fn from_json(json: &[u8]) -> Result<Self, ClusterError> {
         if json.len() > RECORD_BYTES_MAX {
             return Err(ClusterError::invalid("record", "at most 16 KiB", &json.len().to_string()));
         }

@@ -30,6 +30,8 @@ mod route;
 mod server;
 mod service;
 mod suspicion;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod texts;
 
 pub use admission::ApiKeys;
