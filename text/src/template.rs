@@ -196,7 +196,8 @@ fn plain_generation_blocks(source: &str) -> String {
     while let Some(at) = rest.find("{%") {
         let (before, tag) = rest.split_at(at);
         plain.push_str(before);
-        let Some(end) = tag.find("%}") else { break };
+        rest = tag;
+        let Some(end) = tag[2..].find("%}").map(|end| end + 2) else { break };
         let inside = &tag[2..end];
         let word = inside.trim_matches(['-', '+']).trim();
         let instead = match word {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
 use headstart_cluster::{Etcd, Membership};
-use headstart_tests::chaos::faults::{Faults, restart};
+use headstart_tests::chaos::faults::{Faults, restart, supervise};
 use headstart_tests::chaos::fleet::{Fleet, Kind, Part, Shape};
 use headstart_tests::chaos::load::{Load, undisturbed};
 use headstart_tests::chaos::report::Report;
@@ -148,10 +148,13 @@ async fn run(options: Options) -> Result<bool, String> {
     if options.scenario != Scenario::Calm {
         let report = Arc::new(Report::new(&folder, "faults").map_err(text)?);
         let load = Load::start(&fleet, &known, &report, options.clients, !options.seed);
+        let supervisor = tokio::spawn(supervise(Arc::clone(&fleet), Arc::clone(&report)));
         disturb(&options, &fleet, &report, minutes).await?;
         load.stop().await;
         quiet(&fleet, &report).await;
         registered(&fleet, &report).await?;
+        supervisor.abort();
+        let _ = supervisor.await;
         println!("\n{:?}:\n{}", options.scenario, report.summary(&calm));
         passed &= report.passed(options.scenario == Scenario::Chaos);
     }
@@ -188,7 +191,7 @@ async fn disturb(
             }
             sleep(ETCD_AWAY).await;
             let back = Instant::now();
-            restart(etcd).await.map_err(text)?;
+            restart(etcd, report).await.map_err(text)?;
             registered(fleet, report).await?;
             println!("every node registered {:.1?} after etcd's start", back.elapsed());
             report.fault_over(event, None);
@@ -207,7 +210,7 @@ async fn disturb(
 async fn roll(part: &Part, fleet: &Fleet, report: &Report) -> Result<(), String> {
     let event = report.fault("rolled", &part.name);
     let drained = part.drain(false).await;
-    restart(part).await.map_err(|error| error.to_string())?;
+    restart(part, report).await.map_err(|error| error.to_string())?;
     registered(fleet, report).await?;
     report.fault_over(event, drained.err().map(|error| error.to_string()));
     Ok(())

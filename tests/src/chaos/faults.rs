@@ -15,6 +15,8 @@ use super::report::Report;
 /// A part that was started again may take so long until it is ready, other starts included: one
 /// that finds no etcd ends and is started again, as its supervisor would.
 const BACK_WITHIN: Duration = Duration::from_secs(120);
+/// A part that ended by itself is started again after so long.
+const SUPERVISED_EVERY: Duration = Duration::from_millis(500);
 /// What is away is away for longer than a lease, and than a router waits for a frame.
 const AWAY: Duration = Duration::from_secs(LEASE.as_secs() + 5);
 /// Of so many pauses, one is longer than a connection's ping and its answer may take.
@@ -168,7 +170,7 @@ impl Faults {
             self.running.spawn(async move {
                 let parts: Vec<&Part> =
                     targets.iter().map(|&target| &fleet.parts[target]).collect();
-                let result = suffer(fault, &fleet, &parts, wait).await;
+                let result = suffer(fault, &fleet, &report, &parts, wait).await;
                 drop(hold);
                 report.fault_over(event, result.err().map(|error| error.to_string()));
             });
@@ -219,13 +221,19 @@ impl Faults {
 }
 
 /// Does `fault` to `parts` and mends it. `wait` is how long what is gone stays gone.
-async fn suffer(fault: Fault, fleet: &Fleet, parts: &[&Part], wait: Duration) -> io::Result<()> {
+async fn suffer(
+    fault: Fault,
+    fleet: &Fleet,
+    report: &Report,
+    parts: &[&Part],
+    wait: Duration,
+) -> io::Result<()> {
     let part = parts[0];
     match fault {
         Fault::Kill => {
             part.kill().await;
             sleep(wait).await;
-            restart(part).await
+            restart(part, report).await
         }
         Fault::Pause | Fault::EtcdPause => {
             part.signal("STOP").await?;
@@ -236,7 +244,7 @@ async fn suffer(fault: Fault, fleet: &Fleet, parts: &[&Part], wait: Duration) ->
         Fault::Drain | Fault::DrainCall => {
             let drained = part.drain(fault == Fault::DrainCall).await;
             sleep(wait).await;
-            restart(part).await?;
+            restart(part, report).await?;
             drained
         }
         Fault::EtcdStop | Fault::EtcdEmpty => {
@@ -245,7 +253,7 @@ async fn suffer(fault: Fault, fleet: &Fleet, parts: &[&Part], wait: Duration) ->
                 part.wipe()?;
             }
             sleep(AWAY + wait).await;
-            restart(part).await
+            restart(part, report).await
         }
         Fault::Partition | Fault::HalfPartition => {
             let (one, other) = (&part.place, &parts[1].place);
@@ -266,19 +274,37 @@ async fn suffer(fault: Fault, fleet: &Fleet, parts: &[&Part], wait: Duration) ->
     }
 }
 
-/// Starts a part until it is up.
+/// Starts a part, and again if it ends, until it is up.
 ///
 /// # Errors
 /// When it is not, for too long.
-pub async fn restart(part: &Part) -> io::Result<()> {
-    const PATIENCE: Duration = Duration::from_millis(500);
+pub async fn restart(part: &Part, report: &Report) -> io::Result<()> {
     let deadline = Instant::now() + BACK_WITHIN;
+    part.start().await?;
     loop {
-        part.start().await?;
         match part.ready().await {
             Ok(()) => return Ok(()),
             Err(error) if Instant::now() > deadline => return Err(error),
-            Err(_) => sleep(PATIENCE).await,
+            Err(_) => sleep(SUPERVISED_EVERY).await,
         }
+        revive(part, report).await;
+    }
+}
+
+/// Starts parts that end by themselves again, as a supervisor would, for ever.
+pub async fn supervise(fleet: Arc<Fleet>, report: Arc<Report>) {
+    loop {
+        for part in &fleet.parts {
+            revive(part, &report).await;
+        }
+        sleep(SUPERVISED_EVERY).await;
+    }
+}
+
+async fn revive(part: &Part, report: &Report) {
+    match part.revive().await {
+        Ok(None) => {}
+        Ok(Some(how)) => report.exited(&part.name, &how),
+        Err(error) => report.problem(format!("{}: {error}", part.name)),
     }
 }

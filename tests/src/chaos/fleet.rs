@@ -311,6 +311,11 @@ impl Part {
     /// # Errors
     /// When it cannot be started.
     pub async fn start(&self) -> io::Result<()> {
+        *self.child.lock().await = Some(self.spawn()?);
+        Ok(())
+    }
+
+    fn spawn(&self) -> io::Result<Child> {
         let log: File = OpenOptions::new().create(true).append(true).open(&self.log)?;
         let mut command = Command::from(self.place.command(&self.program));
         command
@@ -320,10 +325,28 @@ impl Part {
             .stdout(log.try_clone()?)
             .stderr(log)
             .kill_on_drop(true);
-        *self.child.lock().await = Some(command.spawn().map_err(|error| {
-            io::Error::other(format!("start {}: {error}", self.program.display()))
-        })?);
-        Ok(())
+        command
+            .spawn()
+            .map_err(|error| io::Error::other(format!("start {}: {error}", self.program.display())))
+    }
+
+    /// Starts it again if it has ended though nobody ended it. Gives how it ended, and its last
+    /// words.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub async fn revive(&self) -> io::Result<Option<String>> {
+        if self.ends().stopping {
+            return Ok(None);
+        }
+        let mut child = self.child.lock().await;
+        let Some(status) = child.as_mut().map_or(Ok(None), Child::try_wait)? else {
+            return Ok(None);
+        };
+        let log = std::fs::read_to_string(&self.log)?;
+        let words = log.lines().next_back().unwrap_or_default();
+        *child = Some(self.spawn()?);
+        Ok(Some(format!("{status}: {words}")))
     }
 
     /// Waits until it answers; a node that took up its work, a router that sees both tiers.

@@ -15,6 +15,8 @@ use super::requests::{Ask, Choice, compare};
 
 /// A client whose router is gone goes to the next one after so long.
 const RECONNECT_AFTER: Duration = Duration::from_millis(100);
+/// A client that was told an error leaves the cluster alone for so long.
+const BACK_OFF: Duration = Duration::from_millis(500);
 /// Times a client looks for a router that takes its request.
 const RECONNECTS_MAX: usize = 100;
 /// Of so many streams, one is dropped by its client.
@@ -109,12 +111,14 @@ async fn ask(
         let router = &doors[(first_router + attempt) % doors.len()];
         let watched = watch(router, door, &known.ask, cancel).await;
         let outcome = judge(fleet, known, router, &watched);
+        let failed = matches!(outcome, StreamOutcome::Failed { .. });
         let again = matches!(outcome, StreamOutcome::Elsewhere(_) | StreamOutcome::RouterDied);
         report.stream(&Stream { known, door, router, watched: &watched }, outcome);
-        if !again {
-            return;
+        match (again, failed) {
+            (true, _) => sleep(RECONNECT_AFTER).await,
+            (false, true) => return sleep(BACK_OFF).await,
+            (false, false) => return,
         }
-        sleep(RECONNECT_AFTER).await;
     }
 }
 

@@ -10,7 +10,7 @@ use std::process::{Command, ExitCode, Stdio};
 /// Set in the environment of a harness that runs in namespaces of its own.
 const INSIDE: &str = "HEADSTART_CHAOS_NAMESPACES";
 /// What a slow link still carries.
-const SLOW_LINK: [&str; 6] = ["rate", "1mbit", "burst", "16kbit", "latency", "400ms"];
+const SLOW_LINK: [&str; 7] = ["tbf", "rate", "2mbit", "burst", "32kb", "latency", "400ms"];
 
 /// How the parts reach each other.
 #[derive(Debug)]
@@ -76,12 +76,10 @@ impl Network {
             run("mount", &["-t", "tmpfs", "tmpfs", "/run/netns"])?;
             run("ip", &["link", "set", "lo", "up"])?;
             std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
-            let tbf = |verb| {
-                let shape = ["qdisc", verb, "dev", "lo", "root", "tbf"];
-                let shape = shape.iter().chain(if verb == "add" { &SLOW_LINK[..] } else { &[] });
-                run("tc", &shape.copied().collect::<Vec<_>>())
+            let tbf = |verb, shape: &[&str]| {
+                run("tc", &[&["qdisc", verb, "dev", "lo", "root"], shape].concat())
             };
-            shaping = tbf("add").is_ok() && tbf("del").is_ok();
+            shaping = tbf("add", &SLOW_LINK).is_ok() && tbf("del", &[]).is_ok();
         }
         Ok(Self { namespaces, shaping, parts: 0 })
     }
@@ -142,7 +140,6 @@ impl Network {
             let mut shape = prefix.to_vec();
             shape.extend(["qdisc", if slow { "add" } else { "del" }, "dev", device, "root"]);
             if slow {
-                shape.push("tbf");
                 shape.extend(SLOW_LINK);
             }
             run("tc", &shape)?;

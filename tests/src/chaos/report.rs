@@ -85,6 +85,8 @@ struct Seen {
     last_fault: Option<Instant>,
     fault_gap_max: Duration,
     skipped: BTreeMap<&'static str, &'static str>,
+    /// Starts that found no etcd.
+    exits: u64,
     problems: Vec<String>,
     kept: u64,
 }
@@ -144,6 +146,16 @@ impl Report {
         match error {
             None => self.event(&format!("over: {event}")),
             Some(error) => self.problem(format!("{event}: {error}")),
+        }
+    }
+
+    /// A process ended by itself, and was started again. One that finds no etcd when it starts may.
+    pub fn exited(&self, name: &str, how: &str) {
+        self.event(&format!("{name} ended by itself: {how}"));
+        if how.contains("etcd at ") {
+            self.seen().exits += 1;
+        } else {
+            self.problem(format!("{name} ended by itself: {how}"));
         }
     }
 
@@ -283,6 +295,7 @@ impl Report {
         for (name, reason) in &seen.skipped {
             let _ = writeln!(text, "  {name}: not here, {reason}");
         }
+        let _ = writeln!(text, "starts that found no etcd, tried again {}", seen.exits);
         let here = seen.percentiles();
         let _ = writeln!(
             text,

@@ -71,6 +71,13 @@ fn endless_templates_are_refused() {
 }
 
 #[test]
+fn a_tag_that_is_none_stays_as_it_is() {
+    assert!(render("a {%} b", &hi()).is_err());
+    assert_eq!(render("a {# {% #} b", &hi()).unwrap(), "a  b");
+    assert_eq!(render("{{ '{%' }} {# %} #}", &hi()).unwrap(), "{% ");
+}
+
+#[test]
 fn generation_blocks_change_nothing() {
     let source =
         "a {%- generation -%} b {%- endgeneration %} c{% generation %}\nd{% endgeneration %}";
