@@ -3,20 +3,21 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
 use headstart_cluster::{Etcd, Membership};
+use headstart_tests::chaos::counters::Counters;
 use headstart_tests::chaos::faults::{Faults, restart, supervise};
 use headstart_tests::chaos::fleet::{Fleet, Kind, Part, Shape};
-use headstart_tests::chaos::load::{Load, undisturbed};
+use headstart_tests::chaos::load::{Known, Load, undisturbed};
 use headstart_tests::chaos::report::Report;
 use headstart_tests::chaos::{network, requests};
 use tokio::time::{sleep, timeout};
 
 /// How long slots, pages and requests may take to be given back once nobody asks.
-const QUIET_WITHIN: Duration = Duration::from_secs(30);
+const QUIET_WITHIN: Duration = Duration::from_secs(60);
 /// How long a node may take to be registered again.
 const BACK_WITHIN: Duration = Duration::from_secs(60);
 /// How long etcd stays away in its scenario.
@@ -106,59 +107,18 @@ fn failed(what: &str) -> ExitCode {
 }
 
 async fn run(options: Options) -> Result<bool, String> {
-    let text = |error: std::io::Error| error.to_string();
-    let program = std::env::current_exe().map_err(text)?;
-    let binaries = program.parent().ok_or("the binary lies nowhere")?.to_owned();
-    let folder = options.folder.clone().unwrap_or_else(|| {
-        let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let name = seconds.map_or(0, |it| it.as_secs()).to_string();
-        binaries.join("chaos-runs").join(name)
-    });
-    std::fs::create_dir_all(&folder).map_err(text)?;
-    let shape = Shape {
-        model: options.model.clone(),
-        routers: options.routers,
-        drafters: options.drafters,
-        bases: options.bases,
-        split: options.split,
-        encoding: options.encoding.clone(),
-        binaries,
-        folder: folder.clone(),
-    };
-    println!("chaos: {options:?}\nlogs: {}", folder.display());
-    let fleet = Arc::new(Fleet::start(&shape).await.map_err(text)?);
-
-    let mut asks = requests::all();
-    asks.truncate(options.asks);
-    let started = Instant::now();
-    let known = Arc::new(undisturbed(&fleet, asks, options.clients).await?);
-    println!("undisturbed: {} distinct requests in {:.0?}", known.len(), started.elapsed());
-
-    let calm = Arc::new(Report::new(&folder, "calm").map_err(text)?);
-    let load = Load::start(&fleet, &known, &calm, options.clients, options.seed);
-    let minutes = Duration::from_secs_f64(options.minutes * 60.0);
-    let calm_for =
-        if options.scenario == Scenario::Calm { minutes } else { started.elapsed().max(AROUND) };
-    sleep(calm_for).await;
-    load.stop().await;
-    quiet(&fleet, &calm).await;
+    let run = Run::start(options).await?;
+    let calm = run.calm("calm", run.calm_for()).await?;
     println!("\ncalm:\n{}", calm.summary(&calm));
     let mut passed = calm.passed(false);
-
-    if options.scenario != Scenario::Calm {
-        let report = Arc::new(Report::new(&folder, "faults").map_err(text)?);
-        let load = Load::start(&fleet, &known, &report, options.clients, !options.seed);
-        let supervisor = tokio::spawn(supervise(Arc::clone(&fleet), Arc::clone(&report)));
-        disturb(&options, &fleet, &report, minutes).await?;
-        load.stop().await;
-        quiet(&fleet, &report).await;
-        registered(&fleet, &report).await?;
-        supervisor.abort();
-        let _ = supervisor.await;
-        println!("\n{:?}:\n{}", options.scenario, report.summary(&calm));
-        passed &= report.passed(options.scenario == Scenario::Chaos);
+    if run.options.scenario != Scenario::Calm {
+        passed &= run.disturbed(&calm).await?;
+        // What was broken is whole again.
+        let healed = run.calm("healed", AROUND).await?;
+        println!("\nhealed:\n{}", healed.summary(&calm));
+        passed &= healed.passed(false);
     }
-    let fleet = Arc::into_inner(fleet).ok_or("a client outlived the run")?;
+    let fleet = Arc::into_inner(run.fleet).ok_or("a client outlived the run")?;
     for unclean in fleet.stop().await {
         println!("unclean exit: {unclean}");
         passed = false;
@@ -167,13 +127,107 @@ async fn run(options: Options) -> Result<bool, String> {
     Ok(passed)
 }
 
+/// A run that has started.
+struct Run {
+    options: Options,
+    folder: PathBuf,
+    fleet: Arc<Fleet>,
+    known: Arc<Vec<Known>>,
+    /// How long the undisturbed answers took.
+    took: Duration,
+}
+
+impl Run {
+    /// Starts the cluster and asks everything once.
+    async fn start(options: Options) -> Result<Self, String> {
+        let program = std::env::current_exe().map_err(text)?;
+        let binaries = program.parent().ok_or("the binary lies nowhere")?.to_owned();
+        let folder = options.folder.clone().unwrap_or_else(|| {
+            let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            binaries.join("chaos-runs").join(since.unwrap_or_default().as_secs().to_string())
+        });
+        std::fs::create_dir_all(&folder).map_err(text)?;
+        println!("chaos: {options:?}\nlogs: {}", folder.display());
+        let shape = Shape {
+            model: options.model.clone(),
+            routers: options.routers,
+            drafters: options.drafters,
+            bases: options.bases,
+            split: options.split,
+            encoding: options.encoding.clone(),
+            binaries,
+            folder: folder.clone(),
+        };
+        let fleet = Arc::new(Fleet::start(&shape).await.map_err(text)?);
+        let mut asks = requests::all();
+        asks.truncate(options.asks);
+        let started = Instant::now();
+        let known = Arc::new(undisturbed(&fleet, asks, options.clients).await?);
+        let took = started.elapsed();
+        println!("undisturbed: {} distinct requests in {took:.0?}", known.len());
+        Ok(Self { options, folder, fleet, known, took })
+    }
+
+    /// Long enough to ask everything about twice.
+    fn calm_for(&self) -> Duration {
+        match self.options.scenario {
+            Scenario::Calm => self.minutes(),
+            _ => self.took.max(AROUND),
+        }
+    }
+
+    fn minutes(&self) -> Duration {
+        Duration::from_secs_f64(self.options.minutes * 60.0)
+    }
+
+    fn load(&self, report: &Arc<Report>, seed: u64) -> Load {
+        Load::start(&self.fleet, &self.known, report, self.options.clients, seed)
+    }
+
+    /// Load without faults.
+    async fn calm(&self, name: &str, time: Duration) -> Result<Arc<Report>, String> {
+        let report = Arc::new(Report::new(&self.folder, name).map_err(text)?);
+        let load = self.load(&report, self.options.seed);
+        sleep(time).await;
+        load.stop().await;
+        quiet(&self.fleet, &report).await;
+        Ok(report)
+    }
+
+    /// Load with what the scenario does.
+    async fn disturbed(&self, calm: &Report) -> Result<bool, String> {
+        let Self { options, fleet, .. } = self;
+        let report = Arc::new(Report::new(&self.folder, "faults").map_err(text)?);
+        let load = self.load(&report, !options.seed);
+        let counters = Arc::new(Mutex::new(Counters::default()));
+        let helpers = [
+            tokio::spawn(supervise(Arc::clone(fleet), Arc::clone(&report))),
+            tokio::spawn(Counters::follow(Arc::clone(fleet), Arc::clone(&counters))),
+        ];
+        disturb(options, fleet, &report, self.minutes()).await?;
+        load.stop().await;
+        quiet(fleet, &report).await;
+        registered(fleet, &report).await?;
+        for helper in helpers {
+            helper.abort();
+            let _ = helper.await;
+        }
+        println!("\n{:?}:\n{}", options.scenario, report.summary(calm));
+        println!("{}", counters.lock().map(|it| it.summary()).unwrap_or_default());
+        Ok(report.passed(options.scenario == Scenario::Chaos))
+    }
+}
+
+fn text(error: std::io::Error) -> String {
+    error.to_string()
+}
+
 async fn disturb(
     options: &Options,
     fleet: &Arc<Fleet>,
     report: &Arc<Report>,
     minutes: Duration,
 ) -> Result<(), String> {
-    let text = |error: std::io::Error| error.to_string();
     sleep(AROUND).await;
     let etcd = fleet.etcd();
     match options.scenario {

@@ -269,7 +269,7 @@ fn node(
     let address = SocketAddr::from((place.ip, place.port(7000)?));
     let lease = LEASE.as_secs();
     let arguments = format!(
-        "--name {MODEL} --node-id {name} --threads 1 --slots 8 --kv-tokens 8192 --listen {address} \
+        "--name {MODEL} --node-id {name} --threads 1 --slots 16 --kv-tokens 8192 --listen {address} \
          --etcd {etcd} --etcd-timeout 2s --lease-ttl {lease}s --handoff-timeout 5s \
          --drain-timeout 30s {role}"
     );

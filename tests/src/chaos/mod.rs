@@ -2,6 +2,7 @@
 //! parted from each other and slowed down. Every answer is compared with the undisturbed one.
 
 pub mod client;
+pub mod counters;
 pub mod faults;
 pub mod fleet;
 pub mod load;

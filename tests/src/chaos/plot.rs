@@ -65,9 +65,12 @@ impl Curve {
     #[must_use]
     pub fn row(&self) -> String {
         let first = self.points.first().map_or(0.0, |point| point.1);
-        let (last, peak, slope) = (self.last.1, self.peak, self.slope_per_hour());
-        let (name, unit) = (&self.name, self.unit);
-        format!("{name:<28} {first:>10.1} {last:>10.1} {peak:>10.1}  {slope:+.1} {unit}")
+        let (name, unit, last, peak) = (&self.name, self.unit, self.last.1, self.peak);
+        let slope = match unit {
+            "" => String::new(),
+            _ => format!("{:+.1} {unit}", self.slope_per_hour()),
+        };
+        format!("{name:<28} {first:>10.1} {last:>10.1} {peak:>10.1}  {slope}")
     }
 
     fn svg(&self) -> String {

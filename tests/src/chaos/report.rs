@@ -95,6 +95,7 @@ struct Seen {
 #[derive(Debug)]
 pub struct Report {
     folder: PathBuf,
+    name: String,
     started: Instant,
     events: Mutex<File>,
     seen: Mutex<Seen>,
@@ -110,6 +111,7 @@ impl Report {
         let events = OpenOptions::new().create(true).append(true).open(path)?;
         Ok(Self {
             folder: folder.to_owned(),
+            name: name.to_owned(),
             started: Instant::now(),
             events: Mutex::new(events),
             seen: Mutex::default(),
@@ -229,7 +231,7 @@ impl Report {
         for (at, frame) in &watched.frames {
             let _ = writeln!(text, "{:9.3} {frame}", (asked + *at).as_secs_f64());
         }
-        std::fs::write(self.folder.join(format!("stream-{number}.txt")), text)
+        std::fs::write(self.folder.join(format!("{}.stream-{number}.txt", self.name)), text)
     }
 
     /// Streams that came to an end, whatever it was.
