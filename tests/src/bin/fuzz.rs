@@ -138,7 +138,7 @@ fn feed(options: &Options, target: &Target, from: u64) -> Result<(), String> {
     let started = Instant::now();
     let (mut slowest, mut most) = (Duration::ZERO, 0);
     for index in from..options.runs {
-        if options.note_each || index % NOTED_EVERY == 0 {
+        if options.note_each || index.is_multiple_of(NOTED_EVERY) {
             note.seek(SeekFrom::Start(0)).map_err(text)?;
             writeln!(note, "{index:<20}").map_err(text)?;
         }

@@ -58,7 +58,7 @@ impl Counters {
         let mut text = String::new();
         let failovers: Vec<_> =
             self.total.iter().filter(|(name, _)| name.starts_with(FAILOVERS)).collect();
-        let count: f64 = failovers.iter().map(|(_, value)| **value).sum();
+        let count = failovers.iter().fold(0.0, |sum, (_, value)| sum + **value);
         let _ = writeln!(text, "failovers, as the routers count them {count}");
         for (series, value) in failovers {
             let _ = writeln!(text, "  {}: {value}", &series[FAILOVERS.len()..]);

@@ -33,7 +33,7 @@ impl Curve {
     pub fn push(&mut self, at: Duration, value: f64, points_max: usize) {
         self.last = (at.as_secs_f64(), value);
         self.peak = self.peak.max(value);
-        if self.samples % self.stride == 0 {
+        if self.samples.is_multiple_of(self.stride) {
             self.points.push(self.last);
         }
         self.samples += 1;

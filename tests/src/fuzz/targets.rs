@@ -21,6 +21,8 @@ use super::seeds;
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
+/// minijinja repeats a string (`'x' * n`) to at most 100 MB, and holds two while it folds constants.
+const TEMPLATE_MEMORY: usize = 256 * MIB;
 /// What a node's model allows, in the targets that check against it.
 const LIMITS: Limits = Limits { vocab_size: 64, context_length: 512, page_size: 16, pages: 64 };
 
@@ -197,7 +199,7 @@ pub const ALL: &[Target] = &[
         seeds: seeds::bundles,
         words: JSON,
         bytes_max: 32 * KIB,
-        memory_max: 64 * MIB,
+        memory_max: TEMPLATE_MEMORY,
         run: |input| drop(ModelText::from_bundle(input)),
     },
     Target {
@@ -205,7 +207,7 @@ pub const ALL: &[Target] = &[
         seeds: seeds::templates,
         words: TEMPLATE,
         bytes_max: 8 * KIB,
-        memory_max: 64 * MIB,
+        memory_max: TEMPLATE_MEMORY,
         run: chat_template,
     },
     Target {
