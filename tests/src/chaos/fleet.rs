@@ -249,7 +249,8 @@ fn router(network: &mut Network, shape: &Shape, name: &str, etcd: &str) -> io::R
     let encoding = &shape.encoding;
     let arguments = format!(
         "--http {http} --grpc {grpc} --etcd {etcd} --encoding {encoding} --etcd-timeout 2s \
-         --connect-timeout 1s --first-frame-timeout 10s --frame-timeout 5s --request-timeout 3m"
+         --connect-timeout 1s --first-frame-timeout 10s --frame-timeout 5s --request-timeout 3m \
+         --ping-interval 2s --ping-timeout 4s"
     );
     let arguments = arguments.split_whitespace().map(str::to_owned).collect();
     let program = shape.binaries.join("headstart-router");
@@ -271,7 +272,7 @@ fn node(
     let arguments = format!(
         "--name {MODEL} --node-id {name} --threads 1 --slots 16 --kv-tokens 8192 --listen {address} \
          --etcd {etcd} --etcd-timeout 2s --lease-ttl {lease}s --handoff-timeout 5s \
-         --drain-timeout 30s {role}"
+         --drain-timeout 30s --ping-interval 2s --ping-timeout 4s {role}"
     );
     let model = ["--model".to_owned(), shape.model.to_string_lossy().into_owned()];
     let arguments = arguments.split_whitespace().map(str::to_owned).chain(model).collect();
