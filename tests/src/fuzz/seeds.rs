@@ -94,7 +94,7 @@ pub(super) fn draft_requests() -> Vec<Vec<u8>> {
         base_address: "127.0.0.1:7000".into(),
         encoding: v1::DraftEncoding::Ids.into(),
         serve_epoch: 1,
-        prefix_ids: Vec::new(),
+        ..v1::DraftRequest::default()
     };
     let resumed = v1::DraftRequest { epoch: 3, prefix_ids: vec![7, 8], ..plain.clone() };
     [plain, resumed].iter().map(Message::encode_to_vec).collect()
