@@ -4,10 +4,10 @@ CARGO ?= cargo
 HEADSTART = target/release/headstart
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full overload verify fix bench chaos fuzz soak build setup setup-test
+.PHONY: help demo test test-full overload sim verify fix bench chaos fuzz soak build setup setup-test
 
 help: ## Say what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build ## Build, fetch two small models, start a cluster, ask it something
 	@$(HEADSTART) models pull smollm2 qwen2.5-coder > /dev/null
@@ -25,6 +25,12 @@ test-full: setup-test ## What `make test` leaves out: the golden files of SmolLM
 
 overload: setup-test ## Measure goodput, refusals and memory at four times the capacity
 	OVERLOAD_SECONDS=$${OVERLOAD_SECONDS:-10} $(CARGO) test --release --locked -p headstart-tests --test overload -- --ignored --nocapture
+
+SEEDS ?= 1000
+SIM = $(CARGO) run --release --locked -q -p headstart-sim --
+
+sim: setup ## Simulate SEEDS=n whole clusters with faults and check what must hold in them
+	@$(SIM) --seeds $(SEEDS)
 
 verify: setup ## Check format, lints, documentation and dependencies; writes nothing to the sources
 	$(CARGO) fmt --all --check

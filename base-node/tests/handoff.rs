@@ -16,6 +16,7 @@ use headstart_proto::v1::{
 };
 use headstart_proto::{Error, ErrorCode, NodeId};
 use headstart_service::channel::KeepAlive;
+use headstart_service::net::Dialer;
 use headstart_text::ModelText;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -53,6 +54,7 @@ async fn start(options: FakeOptions, slots: usize, handoff_timeout: Duration) ->
         text: text.clone(),
         handoff_timeout,
         keep_alive: KeepAlive::CLUSTER,
+        dialer: Dialer::default(),
         draining: CancellationToken::new(),
         sessions: TaskTracker::new(),
     };

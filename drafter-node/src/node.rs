@@ -4,10 +4,10 @@ use headstart_cluster::{Membership, Tier};
 use headstart_engine::EngineHandle;
 use headstart_node::{Host, HostOptions, Tiered};
 use headstart_proto::v1::drafter_server::DrafterServer;
+use headstart_service::net::Listener;
 use headstart_service::node::{NodeError, RunningNode};
 use headstart_service::server::{GrpcServer, MESSAGE_BYTES_MAX};
 use headstart_text::{BasePrompt, ModelText};
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
@@ -35,7 +35,7 @@ pub async fn start(
     engine: EngineHandle,
     text: &ModelText,
     membership: &dyn Membership,
-    listener: TcpListener,
+    listener: impl Into<Listener>,
     shutdown: CancellationToken,
 ) -> Result<RunningNode, NodeError> {
     headstart_node::start(tiered(), options, engine, text, membership, listener, shutdown).await

@@ -49,7 +49,7 @@ impl DrafterService {
             stop_tokens: host.text.stop_tokens().into(),
             node_id: host.node_id.clone(),
             handoff_timeout: host.handoff_timeout,
-            bases: Bases::new(CONNECT_TIMEOUT, host.keep_alive),
+            bases: Bases::new(host.dialer.clone(), CONNECT_TIMEOUT, host.keep_alive),
             draining: host.draining.clone(),
             drafts: host.sessions.clone(),
         }

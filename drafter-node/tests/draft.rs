@@ -15,6 +15,7 @@ use headstart_proto::v1::{
 };
 use headstart_proto::{Error, ErrorCode, NodeId};
 use headstart_service::channel::KeepAlive;
+use headstart_service::net::Dialer;
 use headstart_text::ModelText;
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc};
@@ -125,6 +126,7 @@ async fn start(options: FakeOptions, slots: usize) -> Node {
         text: text.clone(),
         handoff_timeout: Duration::from_secs(20),
         keep_alive: KeepAlive::CLUSTER,
+        dialer: Dialer::default(),
         draining: CancellationToken::new(),
         sessions: TaskTracker::new(),
     };

@@ -5,12 +5,14 @@
 //! can ever cause. Dropping a [`Generation`] aborts it: its slot and pages are free at the next step
 //! boundary.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::Instant;
 
 use crate::core::pages::PagePool;
 use crate::core::scheduler::SequenceId;
@@ -136,6 +138,31 @@ impl EngineHandle {
     /// If the system cannot start a thread.
     #[must_use]
     pub fn start(executor: Box<dyn Executor>, options: EngineOptions) -> Self {
+        let (handle, runner) = Self::with_runner(executor, options);
+        std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || runner.run())
+            .expect("the system can start a thread");
+        handle
+    }
+
+    /// An engine without a thread: it runs in the returned future, which awaits `pace` before each
+    /// step, for as long as a step is to take.
+    pub fn start_paced<P, F>(
+        executor: Box<dyn Executor>,
+        options: EngineOptions,
+        pace: P,
+    ) -> (Self, impl Future<Output = ()> + Send)
+    where
+        P: FnMut() -> F + Send,
+        F: Future<Output = ()> + Send,
+    {
+        let (handle, mut runner) = Self::with_runner(executor, options);
+        runner.paced = true;
+        (handle, runner.run_paced(pace))
+    }
+
+    fn with_runner(executor: Box<dyn Executor>, options: EngineOptions) -> (Self, Runner) {
         let (inbox, commands) = mpsc::channel(options.inbox.max(1));
         let (copies, pages) = mpsc::channel(COPY_QUEUE);
         let (limits, kv_format) = (executor.limits(), executor.kv_format());
@@ -157,16 +184,13 @@ impl EngineHandle {
             engine,
             commands,
             copies: pages,
-            clients: HashMap::new(),
+            clients: BTreeMap::new(),
             tickets: HashMap::new(),
             prefill_tokens_per_second: 0,
+            paced: false,
             shared: Arc::clone(&shared),
         };
-        std::thread::Builder::new()
-            .name("engine".into())
-            .spawn(move || runner.run())
-            .expect("the system can start a thread");
-        Self { inbox, copies, shared }
+        (Self { inbox, copies, shared }, runner)
     }
 
     /// The model's limits.
@@ -340,9 +364,11 @@ struct Runner {
     engine: Engine,
     commands: mpsc::Receiver<Command>,
     copies: mpsc::Receiver<Copy>,
-    clients: HashMap<SequenceId, (u64, Client)>,
+    clients: BTreeMap<SequenceId, (u64, Client)>,
     tickets: HashMap<u64, SequenceId>,
     prefill_tokens_per_second: u64,
+    /// Somebody else says how long steps take.
+    paced: bool,
     shared: Arc<Shared>,
 }
 
@@ -355,23 +381,48 @@ impl Runner {
                 };
                 self.apply(command);
             }
-            while let Ok(command) = self.commands.try_recv() {
+            if self.turn().is_break() {
+                return;
+            }
+        }
+    }
+
+    async fn run_paced<F: Future<Output = ()>>(mut self, mut pace: impl FnMut() -> F) {
+        loop {
+            if !self.engine.has_work() && self.copies.is_empty() {
+                let Some(command) = self.commands.recv().await else {
+                    return;
+                };
                 self.apply(command);
             }
-            self.drop_aborted();
-            self.copy_pages();
             if self.engine.has_work() {
-                let (events, result) = self.step();
-                self.deliver(events);
-                if let Err(error) = result {
-                    tracing::error!(fatal = error.fatal, "a step failed: {error}");
-                    if error.fatal {
-                        return;
-                    }
+                pace().await;
+            }
+            if self.turn().is_break() {
+                return;
+            }
+        }
+    }
+
+    /// Takes what was asked, and runs a step if there is something to do. Breaks on a fatal error.
+    fn turn(&mut self) -> ControlFlow<()> {
+        while let Ok(command) = self.commands.try_recv() {
+            self.apply(command);
+        }
+        self.drop_aborted();
+        self.copy_pages();
+        if self.engine.has_work() {
+            let (events, result) = self.step();
+            self.deliver(events);
+            if let Err(error) = result {
+                tracing::error!(fatal = error.fatal, "a step failed: {error}");
+                if error.fatal {
+                    return ControlFlow::Break(());
                 }
             }
-            self.publish();
         }
+        self.publish();
+        ControlFlow::Continue(())
     }
 
     /// Runs a step, and looks at the clock around it.
@@ -386,7 +437,7 @@ impl Runner {
             let old = self.prefill_tokens_per_second;
             self.prefill_tokens_per_second = if old == 0 { rate } else { old - old / 4 + rate / 4 };
         }
-        if after.steps == before.steps && result.0.is_empty() {
+        if after.steps == before.steps && result.0.is_empty() && !self.paced {
             std::thread::sleep(STARVED_PAUSE);
         }
         result

@@ -9,12 +9,12 @@ use headstart_proto::NodeId;
 use headstart_proto::v1::node_server::NodeServer;
 use headstart_service::channel::KeepAlive;
 use headstart_service::metrics;
+use headstart_service::net::{Dialer, Listener};
 use headstart_service::node::{Lifetimes, NodeError, NodeParts, RunningNode};
 use headstart_service::node_service::{NodeService, NodeStatus};
 use headstart_service::options::{ModelOptions, NodeOptions};
 use headstart_service::server::{GrpcServer, ServeError, bind};
 use headstart_text::{BasePrompt, ModelText};
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -35,6 +35,8 @@ pub struct HostOptions {
     pub handoff_timeout: Duration,
     /// The times of the node's life.
     pub lifetimes: Lifetimes,
+    /// How the node reaches others.
+    pub dialer: Dialer,
 }
 
 /// What a tier's services run on.
@@ -50,6 +52,8 @@ pub struct Host {
     pub handoff_timeout: Duration,
     /// How soon another node that is paused or cut off is found.
     pub keep_alive: KeepAlive,
+    /// How the node reaches others.
+    pub dialer: Dialer,
     /// Cancelled when the node takes no new work.
     pub draining: CancellationToken,
     /// Live work, which a drain waits for.
@@ -80,7 +84,7 @@ pub async fn start(
     engine: EngineHandle,
     text: &ModelText,
     membership: &dyn Membership,
-    listener: TcpListener,
+    listener: impl Into<Listener>,
     shutdown: CancellationToken,
 ) -> Result<RunningNode, NodeError> {
     let record = record(tiered.tier, &options, &engine, text);
@@ -90,6 +94,7 @@ pub async fn start(
         text: text.clone(),
         handoff_timeout: options.handoff_timeout,
         keep_alive: options.lifetimes.keep_alive,
+        dialer: options.dialer,
         draining: CancellationToken::new(),
         sessions: TaskTracker::new(),
     };
@@ -158,6 +163,7 @@ pub async fn run(
         dtype,
         handoff_timeout,
         lifetimes: node.lifetimes(),
+        dialer: Dialer::default(),
     };
     start(tiered, options, engine, &text, &*membership, listener, shutdown).await?.ended().await
 }

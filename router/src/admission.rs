@@ -8,7 +8,9 @@ mod rate;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use headstart_cluster::NodeRecord;
 use headstart_proto::{Error, ErrorCode};
@@ -113,6 +115,11 @@ impl Admission {
         let mut inner = self.lock();
         let verdicts = inner.queue.resize(rooms(snapshot, in_flight_max), Instant::now());
         self.tell(&mut inner, verdicts);
+    }
+
+    /// Requests that wait or run.
+    pub(crate) fn held(&self) -> usize {
+        self.lock().queue.len()
     }
 
     /// Admits nobody any more. Those that wait are told to go elsewhere.

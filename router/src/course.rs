@@ -2,10 +2,9 @@
 //! answer. When a node is lost before the draft is decided, another drafter or another base goes on
 //! from what is known; afterwards only the base matters. See `docs/adr/0008-resume.md`.
 
-use std::time::Instant;
-
 use headstart_cluster::{NodeRecord, Tier};
 use headstart_proto::{Epoch, Error, ErrorCode, NodeId, RequestId, v1};
+use tokio::time::Instant;
 
 use crate::attempt::{Attempt, DraftPlan, Lost, Patience, ServePlan};
 use crate::frames::{Decision, ServeEvent};
@@ -125,7 +124,7 @@ impl<'a> Course<'a> {
                 elsewhere: self.elsewhere(tier),
                 late,
             };
-            let jitter = retry::jitter();
+            let jitter = self.plan.core.chance.unit();
             let pause = match retry::decide(self.history, situation, jitter) {
                 Verdict::Now => None,
                 Verdict::After(pause) => Some(pause),

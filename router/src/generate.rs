@@ -3,7 +3,7 @@
 //! and with it both nodes' streams, the places on them and the place in the router.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures::StreamExt;
 use futures::future::join_all;
@@ -12,12 +12,14 @@ use headstart_cluster::{NodeRecord, View};
 use headstart_proto::{Error, ErrorCode, RequestId, v1};
 use headstart_text::{ModelText, Tokenizer};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::admission::{self, Admission, Caller, Callers, Permit};
 use crate::answer::Answer;
 use crate::ask::{Ask, PRIORITY_HEADER, check_priority};
+use crate::chance::Chance;
 use crate::course::Course;
 use crate::frames::{Decision, FinishReason, ServeEvent, Source};
 use crate::metrics::Metrics;
@@ -39,6 +41,7 @@ pub(crate) struct Core {
     pub(crate) options: RouterOptions,
     /// What is measured.
     pub(crate) metrics: Metrics,
+    pub(crate) chance: Arc<Chance>,
     pub(crate) nodes: Nodes,
     /// The retries that all requests share.
     pub(crate) budget: Budget,
@@ -114,11 +117,18 @@ impl Core {
     /// A core that knows the nodes in `view`.
     pub(crate) fn new(options: RouterOptions, view: watch::Receiver<Arc<View>>) -> Arc<Self> {
         let metrics = Metrics::new();
+        let chance = Arc::new(Chance::new(options.chance_seed));
         let core = Arc::new(Self {
             admission: Admission::new(&options, metrics.clone()),
             callers: Callers::new(options.api_keys.clone()),
             metrics,
-            nodes: Nodes::new(options.connect_timeout, options.keep_alive),
+            nodes: Nodes::new(
+                options.dialer.clone(),
+                options.connect_timeout,
+                options.keep_alive,
+                Arc::clone(&chance),
+            ),
+            chance,
             budget: Budget::default(),
             started: Instant::now(),
             texts: Texts::new(options.texts_max, options.read_timeout),
@@ -178,6 +188,11 @@ impl Core {
         up(headstart_cluster::Tier::Base) && drafter && !self.draining.is_cancelled()
     }
 
+    /// Places taken for answers in flight.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.admission.held()
+    }
+
     /// The names clients may use.
     pub(crate) fn models(&self) -> Vec<ModelEntry> {
         let view = self.view();
@@ -205,6 +220,7 @@ impl Core {
                 std::future::pending::<()>().await;
             };
             tokio::select! {
+                biased;
                 () = self.cut.cancelled() => return,
                 changed = changes.changed() => if changed.is_err() { return },
                 () = warm => {}
@@ -291,7 +307,7 @@ impl Core {
             head: head.clone(),
             base: base.clone(),
             drafter: drafter.map(|(record, encoding)| (record.clone(), encoding)),
-            seed: ask.sampling.seed.unwrap_or_else(random_seed),
+            seed: ask.sampling.seed.unwrap_or_else(|| self.chance.bits()),
             stops: stops(&ask, &base_text),
             window: ask.window.unwrap_or(self.options.window),
             threshold: ask.threshold.unwrap_or(self.options.threshold),
@@ -344,12 +360,6 @@ fn stops(ask: &Ask, base_text: &ModelText) -> Vec<String> {
     ask.stop.iter().cloned().chain(plain).collect()
 }
 
-/// A seed nobody chose: the random part of a fresh id.
-fn random_seed() -> u64 {
-    let (high, low) = uuid::Uuid::now_v7().as_u64_pair();
-    low ^ high.rotate_left(17)
-}
-
 /// Everything a request's task needs.
 pub(crate) struct Plan {
     pub(crate) core: Arc<Core>,
@@ -379,6 +389,7 @@ impl Plan {
             Ok(())
         };
         let result = tokio::select! {
+            biased;
             result = tokio::time::timeout(limit, all) => result.unwrap_or_else(|_| {
                 let message = format!("the request took more than {limit:?}");
                 Err(Error::new(ErrorCode::DeadlineExceeded, message))

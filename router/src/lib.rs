@@ -12,6 +12,7 @@ mod admission;
 mod answer;
 mod ask;
 mod attempt;
+mod chance;
 mod config;
 mod convert;
 mod course;

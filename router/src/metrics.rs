@@ -1,6 +1,8 @@
 //! Everything the router measures. Label values come from closed sets.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use headstart_cluster::Tier;
 use headstart_proto::ErrorCode;

@@ -4,16 +4,19 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use headstart_cluster::{NodeRecord, Tier, View};
 use headstart_proto::v1::InfoRequest;
 use headstart_proto::v1::node_client::NodeClient;
 use headstart_proto::{Error, ErrorCode, NodeId};
 use headstart_service::channel::{self, KeepAlive};
+use headstart_service::net::Dialer;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tonic::transport::Channel;
 
+use crate::chance::Chance;
 use crate::route::{Candidate, Snapshot};
 use crate::suspicion::Health;
 
@@ -31,6 +34,7 @@ struct Node {
     belief: Mutex<Belief>,
     /// Told when a suspicion begins or ends.
     changed: Arc<Notify>,
+    chance: Arc<Chance>,
 }
 
 #[derive(Debug, Default)]
@@ -51,9 +55,9 @@ impl Node {
         let (now, health) = (Instant::now(), &mut belief.health);
         let changed = match outcome {
             None => health.answered(),
-            Some(ErrorCode::Unavailable) => health.broke(now, jitter_permille()),
+            Some(ErrorCode::Unavailable) => health.broke(now, self.chance.permille()),
             Some(ErrorCode::Internal | ErrorCode::Protocol | ErrorCode::DeadlineExceeded) => {
-                health.failed(now, jitter_permille())
+                health.failed(now, self.chance.permille())
             }
             // The rest says nothing bad about the node.
             Some(_) => false,
@@ -93,22 +97,16 @@ async fn probe(node: Weak<Node>) {
         else {
             return;
         };
-        tokio::time::sleep_until(at.into()).await;
+        tokio::time::sleep_until(at).await;
         let call = async move { NodeClient::new(channel).info(InfoRequest {}).await };
         let answer = tokio::time::timeout(PROBE_TIMEOUT, call).await;
         let Some(node) = node.upgrade() else { return };
         // Another process may have got the address.
         let well = matches!(answer, Ok(Ok(info)) if info.get_ref().node_id == node.id.as_str());
-        if node.belief().health.probed(well, Instant::now(), jitter_permille()) {
+        if node.belief().health.probed(well, Instant::now(), node.chance.permille()) {
             node.log(false);
         }
     }
-}
-
-/// 0 to 999, another each time.
-fn jitter_permille() -> u32 {
-    let (_, random) = uuid::Uuid::now_v7().as_u64_pair();
-    u32::try_from(random % 1000).unwrap_or(0)
 }
 
 /// One answer's place on a node; dropping it gives the place back.
@@ -139,17 +137,25 @@ impl Drop for Place {
 /// All of them.
 #[derive(Debug)]
 pub(crate) struct Nodes {
+    dialer: Dialer,
     connect_timeout: Duration,
     keep_alive: KeepAlive,
     changed: Arc<Notify>,
+    chance: Arc<Chance>,
     known: Mutex<HashMap<NodeId, Arc<Node>>>,
 }
 
 impl Nodes {
-    /// No nodes yet; a connection to one must stand within `connect_timeout`, and is given up as
-    /// `keep_alive` says.
-    pub(crate) fn new(connect_timeout: Duration, keep_alive: KeepAlive) -> Self {
-        Self { connect_timeout, keep_alive, changed: Arc::default(), known: Mutex::default() }
+    /// No nodes yet; they are reached by `dialer`, a connection must stand within
+    /// `connect_timeout`, and is given up as `keep_alive` says.
+    pub(crate) fn new(
+        dialer: Dialer,
+        connect_timeout: Duration,
+        keep_alive: KeepAlive,
+        chance: Arc<Chance>,
+    ) -> Self {
+        let (changed, known) = (Arc::default(), Mutex::default());
+        Self { dialer, connect_timeout, keep_alive, changed, chance, known }
     }
 
     /// Waits until a suspicion has begun or ended.
@@ -217,10 +223,16 @@ impl Nodes {
             id: record.node_id.clone(),
             address: record.address.clone(),
             incarnation: record.incarnation,
-            channel: channel::lazy(&record.address, self.connect_timeout, self.keep_alive)?,
+            channel: channel::lazy(
+                &self.dialer,
+                &record.address,
+                self.connect_timeout,
+                self.keep_alive,
+            )?,
             in_flight: AtomicU32::new(0),
             belief: Mutex::default(),
             changed: Arc::clone(&self.changed),
+            chance: Arc::clone(&self.chance),
         });
         known.insert(record.node_id.clone(), Arc::clone(&node));
         Ok(node)
@@ -236,6 +248,11 @@ mod tests {
     use headstart_text::ModelText;
     use tokio::net::TcpListener;
     use tokio_util::sync::CancellationToken;
+
+    fn nodes() -> Nodes {
+        let chance = Arc::new(Chance::new(None));
+        Nodes::new(Dialer::default(), Duration::from_secs(1), KeepAlive::CLUSTER, chance)
+    }
 
     fn record(address: &str) -> NodeRecord {
         NodeRecord {
@@ -271,7 +288,7 @@ mod tests {
     async fn a_suspected_node_is_probed_until_it_answers_under_its_own_name() {
         let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
         let record = record(&free.to_string());
-        let nodes = Nodes::new(Duration::from_secs(1), KeepAlive::CLUSTER);
+        let nodes = nodes();
         let place = nodes.place(&record).unwrap();
         place.told(Some(ErrorCode::Overloaded));
         assert!(!is_suspected(&nodes, &record), "to be full is no fault");
@@ -299,7 +316,7 @@ mod tests {
     #[tokio::test]
     async fn a_call_that_goes_well_ends_a_suspicion() {
         let record = record("127.0.0.1:9");
-        let nodes = Nodes::new(Duration::from_secs(1), KeepAlive::CLUSTER);
+        let nodes = nodes();
         let place = nodes.place(&record).unwrap();
         place.told(Some(ErrorCode::Unavailable));
         place.told(None);

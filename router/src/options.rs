@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use headstart_proto::v1;
 use headstart_service::channel::KeepAlive;
+use headstart_service::net::Dialer;
 use serde::Deserialize;
 
 use crate::admission::ApiKeys;
@@ -138,6 +139,11 @@ pub struct RouterOptions {
     pub request_timeout: Duration,
     /// For live requests to finish after the router was told to stop.
     pub drain_timeout: Duration,
+    /// What the router draws by itself (seeds of requests that name none, pauses) depends on this;
+    /// unset, on nothing.
+    pub chance_seed: Option<u64>,
+    /// How nodes are reached.
+    pub dialer: Dialer,
 }
 
 impl Default for RouterOptions {
@@ -169,6 +175,8 @@ impl Default for RouterOptions {
             resume_timeout: Duration::from_secs(60),
             request_timeout: Duration::from_secs(1800),
             drain_timeout: Duration::from_secs(30),
+            chance_seed: None,
+            dialer: Dialer::default(),
         }
     }
 }

@@ -96,13 +96,6 @@ pub(crate) fn pause(failures: u32, jitter: f64) -> Duration {
     whole.mul_f64(0.5 + 0.5 * jitter.clamp(0.0, 1.0))
 }
 
-/// A number in `[0, 1)` that differs from call to call.
-pub(crate) fn jitter() -> f64 {
-    // The low half of a fresh id is random.
-    let (_, low) = uuid::Uuid::now_v7().as_u64_pair();
-    f64::from((low & u64::from(u32::MAX)) as u32) / (f64::from(u32::MAX) + 1.0)
-}
-
 /// Whether another node may do what this one did not. A client's mistake is one everywhere.
 fn may_be_tried_again(code: ErrorCode) -> bool {
     code.retryable() || code == ErrorCode::Internal

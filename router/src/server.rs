@@ -7,11 +7,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::serve::Listener;
+use futures::StreamExt;
+use futures::stream::BoxStream;
 use headstart_cluster::Membership;
 use headstart_proto::v1::router_server::RouterServer;
+use headstart_service::net;
 use headstart_service::server::{GrpcServer, MESSAGE_BYTES_MAX, RunningServer, ServeError};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
@@ -24,6 +26,8 @@ use crate::service::RouterService;
 
 /// How long connections may take to close once every request has ended.
 const CLOSE_GRACE: Duration = Duration::from_secs(1);
+/// How soon the listener is asked again after it failed.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// A router that runs. Dropping it ends every request at once.
 #[derive(Debug)]
@@ -48,6 +52,11 @@ impl RunningRouter {
     /// A base and a drafter are known.
     pub fn is_ready(&self) -> bool {
         self.core.is_ready()
+    }
+
+    /// Places taken for answers in flight.
+    pub fn in_flight(&self) -> usize {
+        self.core.in_flight()
     }
 
     /// Waits until the router has ended.
@@ -75,15 +84,15 @@ impl Drop for RunningRouter {
 pub async fn start(
     options: RouterOptions,
     membership: Arc<dyn Membership>,
-    http: TcpListener,
-    grpc: TcpListener,
+    http: impl Into<net::Listener>,
+    grpc: impl Into<net::Listener>,
     shutdown: CancellationToken,
 ) -> Result<RunningRouter, ServeError> {
     let failed = |cause: String| ServeError::Failed { cause };
     options.validate().map_err(failed)?;
     headstart_service::metrics::install();
-    let local = |listener: &TcpListener| listener.local_addr().map_err(|e| failed(e.to_string()));
-    let (http_addr, grpc_addr) = (local(&http)?, local(&grpc)?);
+    let (http, grpc) = (http.into(), grpc.into());
+    let (http_addr, grpc_addr) = (http.local_addr(), grpc.local_addr());
     let core = Core::new(options, membership.watch());
     let service = RouterServer::new(RouterService::new(Arc::clone(&core)))
         .max_decoding_message_size(core.options.body_bytes_max.max(MESSAGE_BYTES_MAX));
@@ -96,12 +105,14 @@ pub async fn start(
 async fn run(
     core: Arc<Core>,
     membership: Arc<dyn Membership>,
-    http: TcpListener,
+    http: net::Listener,
     mut grpc: RunningServer,
     shutdown: CancellationToken,
 ) -> Result<(), ServeError> {
     let _follower = AbortOnDropHandle::new(tokio::spawn(Arc::clone(&core).follow_view()));
     let stop_accepting = CancellationToken::new();
+    // axum waits for it in a task of its own, also when this future is dropped.
+    let _stopped = stop_accepting.clone().drop_guard();
     let options = &core.options;
     let listener =
         BoundedListener::new(http, options.connections_max as usize, options.write_timeout);
@@ -110,6 +121,7 @@ async fn run(
         .with_graceful_shutdown(async move { stopped.cancelled().await });
     let mut serving = AbortOnDropHandle::new(tokio::spawn(async move { serving.await }));
     let failure = tokio::select! {
+        biased;
         () = shutdown.cancelled() => None,
         error = grpc.failed() => Some(error),
         ended = &mut serving => Some(ServeError::Failed { cause: format!("HTTP: {ended:?}") }),
@@ -134,16 +146,19 @@ async fn run(
     Ok(())
 }
 
-/// Accepts connections, with `TCP_NODELAY`, up to a number at once; more wait in the backlog.
+/// Accepts connections, up to a number at once; more wait in the backlog.
 struct BoundedListener {
-    listener: TcpListener,
+    address: SocketAddr,
+    incoming: BoxStream<'static, std::io::Result<Box<dyn net::Io>>>,
     places: Arc<Semaphore>,
     write_timeout: Duration,
 }
 
 impl BoundedListener {
-    fn new(listener: TcpListener, connections_max: usize, write_timeout: Duration) -> Self {
-        Self { listener, places: Arc::new(Semaphore::new(connections_max)), write_timeout }
+    fn new(listener: net::Listener, connections_max: usize, write_timeout: Duration) -> Self {
+        let (address, incoming) = (listener.local_addr(), listener.into_incoming());
+        let places = Arc::new(Semaphore::new(connections_max));
+        Self { address, incoming, places, write_timeout }
     }
 }
 
@@ -153,21 +168,26 @@ impl Listener for BoundedListener {
 
     async fn accept(&mut self) -> (Connection, SocketAddr) {
         let place = Arc::clone(&self.places).acquire_owned().await.ok();
-        // The listener's own `accept` retries after errors such as too many open files.
-        let (stream, address) = Listener::accept(&mut self.listener).await;
-        let _ = stream.set_nodelay(true);
+        let stream = loop {
+            match self.incoming.next().await {
+                Some(Ok(stream)) => break stream,
+                // An error such as too many open files passes.
+                Some(Err(_)) => tokio::time::sleep(ACCEPT_RETRY).await,
+                None => std::future::pending().await,
+            }
+        };
         let (write_timeout, stalled) = (self.write_timeout, None);
-        (Connection { stream, write_timeout, stalled, _place: place }, address)
+        (Connection { stream, write_timeout, stalled, _place: place }, self.address)
     }
 
     fn local_addr(&self) -> std::io::Result<SocketAddr> {
-        self.listener.local_addr()
+        Ok(self.address)
     }
 }
 
 /// A connection that holds its place. It breaks when its client takes nothing for too long.
 struct Connection {
-    stream: TcpStream,
+    stream: Box<dyn net::Io>,
     write_timeout: Duration,
     /// When a write that waits is given up.
     stalled: Option<Pin<Box<Sleep>>>,
@@ -237,12 +257,13 @@ impl AsyncWrite for Connection {
 mod tests {
     use super::*;
     use tokio::io::AsyncWriteExt;
+    use tokio::net::{TcpListener, TcpStream};
 
     #[tokio::test]
     async fn a_client_that_takes_nothing_loses_its_connection() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let mut bounded = BoundedListener::new(listener, 1, Duration::from_millis(50));
+        let mut bounded = BoundedListener::new(listener.into(), 1, Duration::from_millis(50));
         let _silent = TcpStream::connect(address).await.unwrap();
         let (mut connection, _) = Listener::accept(&mut bounded).await;
         // More than the sockets' buffers take.

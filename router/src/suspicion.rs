@@ -3,7 +3,9 @@
 //!
 //! Pure: the time and the jitter are handed in. [`crate::nodes`] does what it says.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 /// So many calls that fail in a row, on connections that hold, make a node suspect too.
 const FAILURES_MAX: u32 = 5;

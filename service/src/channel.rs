@@ -3,7 +3,11 @@
 use std::time::Duration;
 
 use headstart_proto::Error;
+use http::Uri;
+use hyper_util::rt::TokioIo;
 use tonic::transport::{Channel, Endpoint};
+
+use crate::net::Dialer;
 
 /// How soon a peer that is paused or cut off is found: no packet says so, only silence does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,11 +55,20 @@ fn endpoint(
 /// # Errors
 /// When the address is malformed.
 pub fn lazy(
+    dialer: &Dialer,
     address: &str,
     connect_timeout: Duration,
     keep_alive: KeepAlive,
 ) -> Result<Channel, Error> {
-    Ok(endpoint(address, connect_timeout, keep_alive)?.connect_lazy())
+    let endpoint = endpoint(address, connect_timeout, keep_alive)?;
+    let Some(network) = dialer.network().cloned() else {
+        return Ok(endpoint.connect_lazy());
+    };
+    let connector = tower::service_fn(move |uri: Uri| {
+        let dialled = network.dial(uri.authority().map_or("", |authority| authority.as_str()));
+        async move { dialled.await.map(TokioIo::new) }
+    });
+    Ok(endpoint.connect_with_connector_lazy(connector))
 }
 
 /// A connected channel to `address`.

@@ -4,6 +4,7 @@
 pub mod channel;
 pub mod config;
 pub mod metrics;
+pub mod net;
 pub mod node;
 pub mod node_service;
 pub mod options;

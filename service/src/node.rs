@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use headstart_cluster::{ClusterError, LEASE_TTL, Membership, NodeRecord, Registration, Tier};
 use headstart_proto::{NodeId, RequestId};
-use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::channel::KeepAlive;
 use crate::config::ConfigError;
+use crate::net::Listener;
 use crate::server::{GrpcServer, RunningServer, ServeError};
 
 /// How long live work may take to end when a node is asked to stop, unless it is told otherwise.
@@ -106,7 +106,7 @@ impl NodeParts {
     /// When the node cannot register.
     pub async fn start(
         self,
-        listener: TcpListener,
+        listener: impl Into<Listener>,
         membership: &dyn Membership,
         shutdown: CancellationToken,
     ) -> Result<RunningNode, NodeError> {
@@ -180,6 +180,7 @@ impl Life {
         let node_id = self.registration.node_id();
         let mut superseded = false;
         tokio::select! {
+            biased;
             () = shutdown.cancelled() => {}
             () = self.registration.superseded() => superseded = true,
             error = self.server.failed() => {

@@ -10,18 +10,19 @@ use std::time::Duration;
 use futures::StreamExt;
 use headstart_proto::FILE_DESCRIPTOR_SET;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::body::Body;
 use tonic::server::NamedService;
 use tonic::service::Routes;
 use tonic::transport::Server;
-use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
+use tonic::transport::server::Connected;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::channel::KeepAlive;
+use crate::net::{Io, Listener};
 
 /// Largest message that a Headstart service takes, in bytes. Services set it on themselves with
 /// `max_decoding_message_size`.
@@ -135,7 +136,7 @@ impl GrpcServer {
     }
 
     /// Serves on `listener` until the returned server is stopped or dropped.
-    pub async fn start(self, listener: TcpListener) -> RunningServer {
+    pub async fn start(self, listener: impl Into<Listener>) -> RunningServer {
         let Self { routes, health, names, keep_alive } = self;
         for name in &names {
             health.set_service_status(name, ServingStatus::Serving).await;
@@ -144,8 +145,9 @@ impl GrpcServer {
         let stopped = stop.clone();
         let cut = CancellationToken::new();
         let cutter = cut.clone();
-        let incoming = TcpIncoming::from(listener)
-            .with_nodelay(Some(true))
+        let incoming = listener
+            .into()
+            .into_incoming()
             .map(move |stream| stream.map(|stream| Connection::new(stream, cutter.clone())));
         let serving = Server::builder()
             .max_concurrent_streams(STREAMS_MAX)
@@ -196,13 +198,13 @@ impl Drop for RunningServer {
 /// A client's connection, which breaks when its server is dropped: tonic runs connections in tasks
 /// of their own, which would outlive it.
 struct Connection {
-    stream: TcpStream,
+    stream: Box<dyn Io>,
     cut: CancellationToken,
     cutting: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 impl Connection {
-    fn new(stream: TcpStream, cut: CancellationToken) -> Self {
+    fn new(stream: Box<dyn Io>, cut: CancellationToken) -> Self {
         let cutting = Box::pin(cut.clone().cancelled_owned());
         Self { stream, cut, cutting }
     }
@@ -259,9 +261,7 @@ impl AsyncWrite for Connection {
 }
 
 impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = ();
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.stream.connect_info()
-    }
+    fn connect_info(&self) {}
 }

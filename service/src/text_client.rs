@@ -7,6 +7,9 @@ use headstart_proto::{Error, ErrorCode};
 use headstart_text::{BUNDLE_BYTES_MAX, ModelText};
 use tonic::transport::Channel;
 
+/// Bundles larger than this are read off the threads that carry tokens.
+const INLINE_BYTES_MAX: usize = 32 << 10;
+
 /// Fetches the text bundle with this fingerprint (hex SHA-256) and reads it.
 ///
 /// # Errors
@@ -20,11 +23,15 @@ pub async fn fetch_model_text(
 ) -> Result<ModelText, Error> {
     let fetching = async {
         let bundle = fetch_bundle(channel, fingerprint).await?;
+        let inline = bundle.len() <= INLINE_BYTES_MAX;
         let read = move || ModelText::from_bundle(&bundle);
-        let text = tokio::task::spawn_blocking(read)
-            .await
-            .map_err(|error| Error::internal(format!("read the text bundle: {error}")))?
-            .map_err(|error| Error::new(ErrorCode::Mismatch, error.to_string()))?;
+        let text = if inline {
+            read()
+        } else {
+            let reading = tokio::task::spawn_blocking(read).await;
+            reading.map_err(|error| Error::internal(format!("read the text bundle: {error}")))?
+        };
+        let text = text.map_err(|error| Error::new(ErrorCode::Mismatch, error.to_string()))?;
         let found = text.fingerprint().to_string();
         if found != fingerprint {
             let message = format!("expected the text bundle {fingerprint}, found {found}");

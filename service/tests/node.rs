@@ -15,6 +15,7 @@ use headstart_proto::v1::{
 };
 use headstart_proto::{Error, ErrorCode};
 use headstart_service::channel::KeepAlive;
+use headstart_service::net::Dialer;
 use headstart_service::node::{Lifetimes, NodeError, NodeParts, RunningNode};
 use headstart_service::node_service::{NodeService, NodeStatus};
 use headstart_service::server::{GrpcServer, ServeError, bind};
@@ -301,7 +302,9 @@ async fn nobody_there_is_unavailable() {
     assert_eq!(error.code, ErrorCode::Unavailable);
     assert!(error.message.contains(&free), "{error}");
     assert_eq!(
-        channel::lazy("not an address", PATIENCE, KeepAlive::CLUSTER).unwrap_err().code,
+        channel::lazy(&Dialer::default(), "not an address", PATIENCE, KeepAlive::CLUSTER)
+            .unwrap_err()
+            .code,
         ErrorCode::InvalidArgument
     );
 }

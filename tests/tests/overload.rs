@@ -17,6 +17,7 @@ use headstart_engine::executor::Limits;
 use headstart_engine::executor::fake::{FakeExecutor, FakeOptions};
 use headstart_engine::{EngineHandle, EngineOptions};
 use headstart_router::{RouterOptions, RunningRouter};
+use headstart_service::net::Dialer;
 use headstart_service::node::{Lifetimes, RunningNode, random_id};
 use headstart_text::ModelText;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -104,17 +105,24 @@ async fn node(
     let address = listener.local_addr().expect("bound").to_string();
     let (node_id, handoff_timeout) = (random_id(tier), Duration::from_secs(30));
     let (model, dtype) = (tier.to_string(), "f32".to_owned());
-    let lifetimes = Lifetimes::default();
+    let (lifetimes, dialer) = (Lifetimes::default(), Dialer::default());
     let (engine, stop) = (engine.clone(), CancellationToken::new());
     let started = match tier {
         Tier::Drafter => {
-            let options =
-                DrafterOptions { node_id, address, model, dtype, handoff_timeout, lifetimes };
+            let options = DrafterOptions {
+                node_id,
+                address,
+                model,
+                dtype,
+                handoff_timeout,
+                lifetimes,
+                dialer,
+            };
             headstart_drafter_node::start(options, engine, text, membership, listener, stop).await
         }
         Tier::Base => {
             let options =
-                BaseOptions { node_id, address, model, dtype, handoff_timeout, lifetimes };
+                BaseOptions { node_id, address, model, dtype, handoff_timeout, lifetimes, dialer };
             headstart_base_node::start(options, engine, text, membership, listener, stop).await
         }
     };

@@ -8,7 +8,7 @@ use super::{
     Executor, ExecutorError, Found, KvDtype, KvFormat, KvLayout, Limits, ModelHash, PageId, Row,
     Scored, TokenId,
 };
-use crate::core::sampling::{Scratch, sample};
+use crate::core::sampling::{Sampling, Scratch, sample};
 
 /// How a [`FakeExecutor`] behaves.
 #[derive(Clone, Debug)]
@@ -121,6 +121,29 @@ impl FakeExecutor {
             let others = self.options.limits.vocab_size as f32 - 1.0;
             ((1.0 - Self::CONFIDENCE) / others).ln()
         }
+    }
+}
+
+impl FakeExecutor {
+    /// The token that `sampling` chooses after `context`, whose answer begins at `answer_start`.
+    #[must_use]
+    pub fn sampled(
+        &self,
+        context: &[TokenId],
+        answer_start: usize,
+        sampling: &Sampling,
+    ) -> TokenId {
+        let next = self.next_token(context);
+        if sampling.is_plain_greedy() {
+            return next;
+        }
+        let FakeOptions { limits, first_token, .. } = &self.options;
+        let other = ((1.0 - Self::CONFIDENCE) / (limits.vocab_size as f32 - 1.0)).ln();
+        let mut logits = vec![other; limits.vocab_size];
+        logits[..*first_token as usize].fill(f32::NEG_INFINITY);
+        logits[next as usize] = Self::CONFIDENCE.ln();
+        let history = &context[answer_start..];
+        sample(&mut logits, history, history.len(), sampling, &mut Scratch::default())
     }
 }
 
@@ -246,20 +269,6 @@ impl FakeExecutor {
         Ok(())
     }
 
-    /// The token that `row`'s sampling chooses after `context`, whose likeliest one is `next`.
-    fn sampled(&self, row: &Row<'_>, context: &[TokenId], next: TokenId) -> TokenId {
-        if row.sampling.is_plain_greedy() {
-            return next;
-        }
-        let FakeOptions { limits, first_token, .. } = &self.options;
-        let other = ((1.0 - Self::CONFIDENCE) / (limits.vocab_size as f32 - 1.0)).ln();
-        let mut logits = vec![other; limits.vocab_size];
-        logits[..*first_token as usize].fill(f32::NEG_INFINITY);
-        logits[next as usize] = Self::CONFIDENCE.ln();
-        let history = &context[row.answer_start..];
-        sample(&mut logits, history, history.len(), row.sampling, &mut Scratch::default())
-    }
-
     fn answer(&self, row: &Row<'_>) -> Vec<Found> {
         row.probes
             .iter()
@@ -267,10 +276,11 @@ impl FakeExecutor {
                 let context = &row.context[..=probe.position];
                 let scored = |token| Scored { token, logprob: self.logprob(context, token) };
                 let next = self.next_token(context);
+                let sampled = self.sampled(context, row.answer_start, row.sampling);
                 let others = (0..self.options.limits.vocab_size as TokenId).filter(|&t| t != next);
                 Found {
                     target: probe.target.map(|token| self.logprob(context, token)),
-                    sampled: probe.sample.then(|| scored(self.sampled(row, context, next))),
+                    sampled: probe.sample.then(|| scored(sampled)),
                     top: std::iter::once(next).chain(others).take(probe.top).map(scored).collect(),
                 }
             })

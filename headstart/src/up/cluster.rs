@@ -12,6 +12,7 @@ use headstart_drafter_node::DrafterOptions;
 use headstart_engine::executor::cpu::{self, CpuOptions};
 use headstart_engine::{EngineHandle, EngineOptions, EngineStats};
 use headstart_router::{RouterOptions, RunningRouter};
+use headstart_service::net::Dialer;
 use headstart_service::node::{Lifetimes, RunningNode, random_id};
 use headstart_service::server::bind;
 use tokio::net::TcpListener;
@@ -265,6 +266,7 @@ impl Starter<'_> {
             dtype: self.options.dtype.to_string(),
             handoff_timeout: HANDOFF_TIMEOUT,
             lifetimes: self.lifetimes(),
+            dialer: Dialer::default(),
         };
         let (text, shutdown) = (&loaded.text, self.shutdown.clone());
         headstart_drafter_node::start(options, engine, text, self.membership, listener, shutdown)
@@ -281,6 +283,7 @@ impl Starter<'_> {
             dtype: self.options.dtype.to_string(),
             handoff_timeout: HANDOFF_TIMEOUT,
             lifetimes: self.lifetimes(),
+            dialer: Dialer::default(),
         };
         let (text, shutdown) = (&loaded.text, self.shutdown.clone());
         headstart_base_node::start(options, engine, text, self.membership, listener, shutdown)

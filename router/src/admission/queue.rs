@@ -9,7 +9,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::Tenant;
 use super::rate::Rate;
@@ -238,6 +240,11 @@ impl Queue {
 
     fn is_contended(&self) -> bool {
         self.lines.iter().any(|line| !line.waiting.is_empty())
+    }
+
+    /// Requests that wait or run.
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
     }
 
     /// Takes the pools as they are now. What runs goes on, fitting or not.

@@ -1,6 +1,8 @@
 //! How fast the cluster works off what waits.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 /// What happened longer ago than this counts for little.
 const MEMORY_SECS: f64 = 10.0;

@@ -1,0 +1,9 @@
+//! Once nothing is asked any more, everything is given back: slots, pages and places; and once
+//! everything has stopped, no task and no connection is left.
+
+use crate::run::Run;
+
+/// Nothing leaks.
+pub(super) fn check(run: &Run) -> Result<(), String> {
+    if run.leaks.is_empty() { Ok(()) } else { Err(run.leaks.join(", ")) }
+}
