@@ -38,6 +38,14 @@ pub fn describe() {
         "headstart_base_tokens_extended",
         "Tokens the engine computed since its start."
     );
+    describe_gauge!(
+        "headstart_base_tokens_reused",
+        "Tokens whose KV the engine found in its prefix cache since its start."
+    );
+    describe_gauge!(
+        "headstart_base_tokens_cut",
+        "Draft tokens that the engine computed and a switch then cut, since its start."
+    );
 }
 
 /// A request came in.
@@ -79,4 +87,6 @@ pub fn engine(stats: EngineStats) {
     gauge!("headstart_base_kv_tokens").set(stats.kv_tokens as f64);
     gauge!("headstart_base_kv_tokens_used").set(stats.kv_tokens_used as f64);
     gauge!("headstart_base_tokens_extended").set(stats.counters.tokens_extended as f64);
+    gauge!("headstart_base_tokens_reused").set(stats.counters.tokens_reused as f64);
+    gauge!("headstart_base_tokens_cut").set(stats.counters.tokens_cut as f64);
 }

@@ -22,6 +22,8 @@ pub struct Counters {
     pub tokens_reused: u64,
     /// Tokens whose KV was given up to make room.
     pub tokens_preempted: u64,
+    /// Draft tokens that were extended and then cut from the answer.
+    pub tokens_cut: u64,
 }
 
 /// A model, its sequences and its KV pages. Plain state: the [runner](crate::runner) drives it.
@@ -302,7 +304,9 @@ impl Engine {
         for ((extend, probes), found) in plan.extend.iter().zip(probes).zip(found) {
             self.counters.tokens_extended += extend.tokens as u64;
             let sequence = self.sequences.get_mut(&extend.id).expect("planned from this map");
+            let extended = sequence.computed() + extend.tokens;
             let happened = sequence.commit(extend.tokens, probes, found);
+            self.counters.tokens_cut += extended.saturating_sub(sequence.computed()) as u64;
             // A draft that was cut leaves pages that hold nothing.
             sequence.pages.truncate(sequence.computed().div_ceil(self.limits.page_size));
             self.prefixes.insert(sequence.settled(), &sequence.pages);

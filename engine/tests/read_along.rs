@@ -215,11 +215,16 @@ proptest! {
         while engine.has_work() {
             engine.step().0.into_iter().for_each(|(_, event)| case.take(event));
         }
-        let extended = engine.counters().tokens_extended as usize;
+        let counters = engine.counters();
         let kept = case.answer.decided.map_or(0, |(_, kept)| kept);
-        let written = case.answer.tokens.len() - kept;
+        // The last token is extended only if what the base says after it is a stop token.
+        let stopped = case.answer.finish == Some(Finish::Stop) && !case.answer.tokens.is_empty();
+        let continued = case.answer.tokens.len() - kept;
+        let last = usize::from(!stopped);
+        let (extended, cut) = (counters.tokens_extended as usize, counters.tokens_cut as usize);
         prop_assert!(case.answer.finish.is_some());
-        prop_assert!(extended <= prompt.len() + kept + written + (draft.len() - kept));
+        prop_assert_eq!(extended, prompt.len() + kept + continued + cut - last);
+        prop_assert!(cut <= draft.len() - kept);
     }
 }
 
