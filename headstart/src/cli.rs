@@ -21,6 +21,7 @@ Examples:
   headstart chat                                            talk to it
   headstart models list                                     models that are easy to have
   headstart bench engine --model smollm2                    how fast it is here
+  headstart bench serve                                     how fast a running cluster is
 
 Every command has its own --help with examples.")]
 struct Cli {

@@ -8,6 +8,7 @@
 //! - [`rms_norm`], [`add_rms_norm`], [`add`], [`add_bias`], [`rope`], [`silu_mul`],
 //!   [`gelu_tanh_mul`], [`softcap`], [`scale`]: element-wise steps over `[m][width]`.
 //! - [`KvPool`] and [`paged_attention`]: keys and values in pages, causal grouped-query attention.
+//! - [`peak`]: what the arithmetic units do at most, to set the others beside.
 //! - [`vocab_stats`], [`vocab_stats_rows`], [`top_n`]: what is asked of logits.
 //!
 //! **Batch invariance.** The bits of an output row depend on nothing but the row's own input and the
@@ -27,6 +28,7 @@ mod dtype;
 mod math;
 mod matmul;
 mod norm;
+mod peak;
 mod pool;
 mod quant;
 mod rope;
@@ -40,6 +42,7 @@ pub use cpu::{Cpu, Isa};
 pub use dtype::{DType, KernelError};
 pub use matmul::{Matrix, matmul_group};
 pub use norm::{add, add_bias, add_rms_norm, rms_norm};
+pub use peak::{Peak, peak};
 pub use pool::ThreadPool;
 pub use quant::{dequantise, quantise};
 pub use rope::{RopeAngles, RopeStyle, rope};

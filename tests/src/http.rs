@@ -42,6 +42,15 @@ impl Client {
         self.agent.get(format!("{}{path}", self.base)).call().ok().map(response)
     }
 
+    /// One value of the Prometheus text at `/metrics`. `None` if nobody answers, or it is not there.
+    #[must_use]
+    pub fn metric(&self, name: &str) -> Option<u64> {
+        let mut response = self.agent.get(format!("{}/metrics", self.base)).call().ok()?;
+        let text = response.body_mut().read_to_string().ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+        line.trim().parse().ok()
+    }
+
     /// `POST path` with a JSON body.
     ///
     /// # Panics

@@ -241,10 +241,20 @@ impl Model {
     /// Bytes of all matrices in memory.
     #[must_use]
     pub fn weight_bytes(&self) -> usize {
-        let layers = self.layers.iter().flat_map(|l| {
+        let all = self.layer_matrices().chain([&self.embedding]).chain(&self.head);
+        all.map(Matrix::bytes).sum()
+    }
+
+    /// Weights in the layers' matrices: every token takes a product and a sum with each of them.
+    #[must_use]
+    pub fn layer_weights(&self) -> usize {
+        self.layer_matrices().map(|matrix| matrix.rows() * matrix.cols()).sum()
+    }
+
+    fn layer_matrices(&self) -> impl Iterator<Item = &Matrix> {
+        self.layers.iter().flat_map(|l| {
             [&l.query, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down].map(|l| &l.weight)
-        });
-        layers.chain([&self.embedding]).chain(&self.head).map(Matrix::bytes).sum()
+        })
     }
 
     /// Bytes of the matrices that each step reads whole: all but an embedding that is not the head.

@@ -81,7 +81,20 @@ impl Job<'_> {
 }
 
 /// A child process that does not outlive its owner.
-struct Running(Child);
+#[derive(Debug)]
+pub(super) struct Running(Child);
+
+impl Running {
+    /// Owns `child`.
+    pub(super) fn new(child: Child) -> Self {
+        Self(child)
+    }
+
+    /// Whether the process is over.
+    pub(super) fn has_ended(&mut self) -> bool {
+        !matches!(self.0.try_wait(), Ok(None))
+    }
+}
 
 impl Drop for Running {
     fn drop(&mut self) {

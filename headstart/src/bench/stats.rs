@@ -30,6 +30,23 @@ impl Summary {
     }
 }
 
+/// The middle of `samples`, which are sorted; NaN without any.
+pub(super) fn median(samples: &mut [f64]) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    quantile(samples, 0.5)
+}
+
+/// The quantile `q` in 0..=1 of ascending samples, between the two nearest; NaN without any.
+pub(super) fn quantile(ascending: &[f64], q: f64) -> f64 {
+    let Some(last) = ascending.len().checked_sub(1) else { return f64::NAN };
+    let place = q.clamp(0.0, 1.0) * last as f64;
+    let low = place.floor();
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // within 0..=last
+    let at = low as usize;
+    let (a, b) = (ascending[at], ascending[(at + 1).min(last)]);
+    a + (b - a) * (place - low)
+}
+
 /// A figure with as many digits as it deserves: `1537`, `318.4`, `35.21`, `0.872`.
 pub(super) fn figure(value: f64) -> String {
     match value.abs() {

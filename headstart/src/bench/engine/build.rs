@@ -38,6 +38,47 @@ const OPTIONS: [&str; 11] = [
     "-Wno-dev",
 ];
 
+/// What compilers are told for a processor whose matrix unit is not to be used.
+const WITHOUT_AMX: &str = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16";
+
+/// Which llama.cpp is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::bench) enum Flavor {
+    /// For this processor, with everything it has.
+    Native,
+    /// For this processor, but for its matrix unit (AMX).
+    WithoutAmx,
+}
+
+impl Flavor {
+    /// The folder of its objects and programs.
+    const fn folder(self) -> &'static str {
+        match self {
+            Self::Native => "build",
+            Self::WithoutAmx => "build-no-amx",
+        }
+    }
+
+    fn options(self) -> Vec<String> {
+        let mut options: Vec<String> = OPTIONS.map(str::to_owned).to_vec();
+        if self == Self::WithoutAmx {
+            let flags = ["C", "CXX"].map(|it| format!("-DCMAKE_{it}_FLAGS={WITHOUT_AMX}"));
+            options.extend(flags);
+        }
+        options
+    }
+
+    /// The programs that are built.
+    const fn programs(self) -> &'static [&'static str] {
+        match self {
+            Self::Native => {
+                &["llama-bench", "llama-batched-bench", "llama-quantize", "llama-perplexity"]
+            }
+            Self::WithoutAmx => &["llama-bench", "llama-batched-bench"],
+        }
+    }
+}
+
 /// The one change to llama.cpp. Older versions of GCC see `_tile_loadconfig` read only the first
 /// eight bytes of the tile configuration and leave the rest unwritten, and the program dies on any
 /// processor with AMX. The added line says that all of it is read; no other instruction changes.
@@ -71,14 +112,16 @@ with tarfile.open(archive) as tar:
 /// # Errors
 /// When Python, pip or a C++ compiler is missing, the package cannot be had, or the build fails. A
 /// build that was interrupted goes on the next time.
-pub(super) fn llama(cancel: &Cancel) -> Result<Llama, Failure> {
+pub(in crate::bench) fn llama(flavor: Flavor, cancel: &Cancel) -> Result<Llama, Failure> {
     let models = cache::folder()?;
     let parent = models.parent().unwrap_or(&models);
-    Builder { folder: parent.join(FOLDER), python: "python3".to_owned(), cancel }.llama(parent)
+    let python = "python3".to_owned();
+    Builder { folder: parent.join(FOLDER), flavor, python, cancel }.llama(parent)
 }
 
 struct Builder<'a> {
     folder: PathBuf,
+    flavor: Flavor,
     python: String,
     cancel: &'a Cancel,
 }
@@ -91,21 +134,17 @@ struct Tools {
 
 impl Builder<'_> {
     fn llama(&self, parent: &Path) -> Result<Llama, Failure> {
-        let bin = self.folder.join("build").join("bin");
-        let llama = Llama {
-            bench: bin.join("llama-bench"),
-            batched: bin.join("llama-batched-bench"),
-            words: self.folder.join("output"),
-        };
+        let build = self.folder.join(self.flavor.folder());
+        let llama = Llama { programs: build.join("bin"), words: self.folder.join("output") };
         let _lock = PullLock::acquire(parent, "llama.cpp", self.cancel)?;
         create_all(&llama.words)?;
-        let recipe = recipe(&Processor::this());
-        let built = self.folder.join("built");
+        let recipe = recipe(self.flavor, &Processor::this());
+        let built = build.join("built");
         if fs::read_to_string(&built).is_ok_and(|text| text == recipe) {
             return Ok(llama);
         }
         self.source(&llama.words)?;
-        self.compile(&llama.words, &recipe)?;
+        self.compile(&build, &llama.words, &recipe)?;
         write(&built, &recipe)?;
         Ok(llama)
     }
@@ -141,27 +180,27 @@ impl Builder<'_> {
         remove_all(&staging)
     }
 
-    fn compile(&self, words: &Path, recipe: &str) -> Result<(), Failure> {
+    fn compile(&self, build: &Path, words: &Path, recipe: &str) -> Result<(), Failure> {
         let tools = self.tools(words)?;
-        let (build, begun) = (self.folder.join("build"), self.folder.join("begun"));
+        let begun = build.join("begun");
         if fs::read_to_string(&begun).map_or(true, |text| text != recipe) {
             // Objects for another processor, or built otherwise.
-            remove_all(&build)?;
-            create_all(&self.folder)?;
+            remove_all(build)?;
+            create_all(build)?;
             write(&begun, recipe)?;
         }
         let mut steps = Steps::start("building llama.cpp", 0);
         let mut configure = Command::new(&tools.cmake);
-        configure.arg("-S").arg(self.folder.join("source")).arg("-B").arg(&build);
-        configure.args(["-G", "Ninja"]).args(OPTIONS);
+        configure.arg("-S").arg(self.folder.join("source")).arg("-B").arg(build);
+        configure.args(["-G", "Ninja"]).args(self.flavor.options());
         configure.arg(format!("-DCMAKE_MAKE_PROGRAM={}", tools.ninja.display()));
         // Never takes the version of a repository that the cache folder may lie in.
         configure.env("GIT_CEILING_DIRECTORIES", &self.folder);
         self.job("configuring llama.cpp", configure, words.join("configure.log"))?;
         let mut ninja = Command::new(&tools.ninja);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        ninja.arg("-C").arg(&build).args(["-j", &cores.to_string()]);
-        ninja.args(["llama-bench", "llama-batched-bench"]);
+        ninja.arg("-C").arg(build).args(["-j", &cores.to_string()]);
+        ninja.args(self.flavor.programs());
         let log = words.join("build.log");
         let job = Job { doing: "building llama.cpp", command: ninja, out: log.clone(), err: log };
         job.run(self.cancel, &mut |piece| {
@@ -219,9 +258,10 @@ fn patch(path: &Path) -> Result<(), Failure> {
 }
 
 /// What a build depends on; one made by another recipe is of no use.
-fn recipe(processor: &Processor) -> String {
+fn recipe(flavor: Flavor, processor: &Processor) -> String {
     let Processor { name, features } = processor;
-    format!("{PACKAGE}\n{PATCH_ADDED}{}\n{name}\n{features}\n", OPTIONS.join(" "))
+    let (options, programs) = (flavor.options().join(" "), flavor.programs().join(" "));
+    format!("{PACKAGE}\n{PATCH_ADDED}{options}\n{programs}\n{name}\n{features}\n")
 }
 
 /// The last `[done/total]` of what ninja printed.
@@ -297,24 +337,28 @@ mod tests {
     #[test]
     fn a_build_for_another_processor_is_of_no_use() {
         let processor = |features: &str| Processor { name: "A".into(), features: features.into() };
-        assert_ne!(recipe(&processor("avx2")), recipe(&processor("avx2 avx512f")));
-        assert_eq!(recipe(&processor("avx2")), recipe(&processor("avx2")));
+        let recipe = |features| recipe(Flavor::Native, &processor(features));
+        assert_ne!(recipe("avx2"), recipe("avx2 avx512f"));
+        assert_eq!(recipe("avx2"), recipe("avx2"));
+        let other = super::recipe(Flavor::WithoutAmx, &processor("avx2"));
+        assert!(other != recipe("avx2") && other.contains("-mno-amx-int8"), "{other}");
     }
 
     #[test]
     fn a_build_that_is_there_is_taken_as_it_is() {
         let cache = tempfile::tempdir().unwrap();
-        let folder = cache.path().join(FOLDER);
-        fs::create_dir_all(&folder).unwrap();
-        fs::write(folder.join("built"), recipe(&Processor::this())).unwrap();
+        let (folder, flavor) = (cache.path().join(FOLDER), Flavor::WithoutAmx);
+        let built = folder.join("build-no-amx").join("built");
+        fs::create_dir_all(built.parent().unwrap()).unwrap();
+        fs::write(&built, recipe(flavor, &Processor::this())).unwrap();
         // No program of this name: nothing may be fetched or built.
         let cancel = Cancel::default();
         let python = "headstart-no-such-python".to_owned();
-        let builder = Builder { folder: folder.clone(), python, cancel: &cancel };
+        let builder = Builder { folder: folder.clone(), flavor, python, cancel: &cancel };
         let llama = builder.llama(cache.path()).unwrap();
-        assert_eq!(llama.bench, folder.join("build/bin/llama-bench"));
+        assert_eq!(llama.programs, folder.join("build-no-amx/bin"));
         // A stale one is fetched anew, which needs Python.
-        fs::write(folder.join("built"), "for another processor").unwrap();
+        fs::write(&built, "for another processor").unwrap();
         let message = builder.llama(cache.path()).unwrap_err().message().to_owned();
         assert!(message.contains("headstart-no-such-python"), "{message}");
         assert!(message.contains(PACKAGE), "{message}");

@@ -15,15 +15,13 @@ use crate::models::Cancel;
 /// llama.cpp gives each sequence a context that is a multiple of this.
 const CONTEXT_STEP: usize = 256;
 
-/// llama.cpp's benchmark programs, ready to run.
+/// llama.cpp's programs, ready to run.
 #[derive(Clone, Debug)]
-pub(super) struct Llama {
-    /// `llama-bench`.
-    pub(super) bench: PathBuf,
-    /// `llama-batched-bench`.
-    pub(super) batched: PathBuf,
+pub(in crate::bench) struct Llama {
+    /// Their folder.
+    pub(in crate::bench) programs: PathBuf,
     /// A folder for what they print.
-    pub(super) words: PathBuf,
+    pub(in crate::bench) words: PathBuf,
 }
 
 /// A line of `llama-bench -o json`.
@@ -54,12 +52,12 @@ impl Llama {
         cancel: &Cancel,
     ) -> Result<BTreeMap<Figure, f64>, Failure> {
         let threads = threads.to_string();
-        let mut bench = Command::new(&self.bench);
+        let mut bench = self.command("llama-bench");
         bench.arg("-m").arg(model).args(["-t", &threads, "-r", "1", "-o", "json"]);
         bench.args(["-p", &plan.prompt_tokens.to_string(), "-n", &plan.gen_tokens.to_string()]);
         let mut found = parse_bench(&self.run("llama-bench", bench, cancel)?, plan)?;
 
-        let mut batched = Command::new(&self.batched);
+        let mut batched = self.command("llama-batched-bench");
         batched.arg("-m").arg(model).args(["-t", &threads, "-tb", &threads]);
         batched.args(["-npp", &plan.batch_prompt_tokens.to_string()]);
         batched.args(["-ntg", &plan.batch_gen_tokens.to_string()]);
@@ -78,7 +76,21 @@ impl Llama {
         }
     }
 
-    fn run(&self, name: &str, command: Command, cancel: &Cancel) -> Result<String, Failure> {
+    /// One of the programs.
+    pub(in crate::bench) fn command(&self, program: &str) -> Command {
+        Command::new(self.programs.join(program))
+    }
+
+    /// Runs a program to its end; what it printed on standard output.
+    ///
+    /// # Errors
+    /// When it fails, or `cancel` is set.
+    pub(in crate::bench) fn run(
+        &self,
+        name: &str,
+        command: Command,
+        cancel: &Cancel,
+    ) -> Result<String, Failure> {
         let out = self.words.join(format!("{name}.out"));
         let err = self.words.join(format!("{name}.err"));
         Job { doing: name, command, out: out.clone(), err }.run(cancel, &mut |_| ())?;
@@ -196,13 +208,10 @@ mod tests {
             let script = format!("#!/bin/sh\necho \"$@\" >&2\ncat <<'END'\n{prints}\nEND\n");
             fs::write(&path, script).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-            path
         };
-        let llama = Llama {
-            bench: program("bench", BENCH),
-            batched: program("batched", BATCHED),
-            words: folder.path().to_owned(),
-        };
+        program("llama-bench", BENCH);
+        program("llama-batched-bench", BATCHED);
+        let llama = Llama { programs: folder.path().to_owned(), words: folder.path().to_owned() };
         let plan = Plan { batches: vec![1, 16], ..Plan::default() };
         let measure =
             |plan: &Plan| llama.measure(Path::new("some model.gguf"), 2, plan, &Cancel::default());

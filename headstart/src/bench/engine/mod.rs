@@ -2,11 +2,12 @@
 //! limit and, if wanted, beside llama.cpp on the same file.
 
 mod bandwidth;
-mod build;
-mod llama;
+pub(in crate::bench) mod build;
+pub(in crate::bench) mod llama;
 mod ours;
 mod plan;
 mod report;
+mod requantize;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,6 +16,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use headstart_engine::model::WeightDtype;
+use headstart_kernels::{Peak, ThreadPool, peak};
 
 use crate::bench::machine::{self, Processor};
 use crate::bench::stats::Summary;
@@ -25,13 +27,20 @@ use crate::models::command::fetch_all;
 use crate::models::{Cancel, Local, Spec};
 
 use self::bandwidth::Bandwidth;
+use self::build::Flavor;
 use self::llama::Llama;
 use self::ours::Ours;
 use self::plan::{Figure, Plan};
-use self::report::{FigureReport, MachineReport, MemoryReport, ModelReport, Report};
+use self::report::{
+    ArithmeticReport, FigureReport, MachineReport, MemoryReport, ModelReport, Other, Report,
+};
+use self::requantize::Quantized;
 
 /// After an interrupt, what still runs has so long to end its programs.
 const LEAVE_WITHIN: Duration = Duration::from_secs(3);
+
+/// Each arithmetic unit is measured for so long in a round.
+const PEAK_TIME: Duration = Duration::from_millis(50);
 
 /// Measure the engine: prompts, decoding, batches, and how near memory's limit it is.
 #[derive(Args, Clone, Debug)]
@@ -39,6 +48,7 @@ const LEAVE_WITHIN: Duration = Duration::from_secs(3);
 Examples:
   headstart bench engine --model smollm2
   headstart bench engine --model smollm2 --against llama.cpp --threads 2 --json bench.json
+  headstart bench engine --model smollm2 --requantize q8_0 --against llama.cpp,llama.cpp-no-amx
   headstart bench engine --model ./large.gguf --pp 128 --tg 32 --batches 1,16
 
 pp512: tokens/s of reading a prompt of 512 tokens. tg128: tokens/s of one sequence writing 128.
@@ -58,9 +68,12 @@ pub struct EngineArgs {
     /// Rounds; each measures every figure once
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
     repetitions: usize,
-    /// Measure this engine too, in turn with ours; built on its first use
-    #[arg(long, value_enum, value_name = "ENGINE")]
-    against: Option<Against>,
+    /// Make this type of the file first, and measure that; needs llama.cpp, built on its first use
+    #[arg(long, value_enum, value_name = "TYPE")]
+    requantize: Option<Quantized>,
+    /// Measure these engines too, in turn with ours; built on their first use
+    #[arg(long, value_enum, value_name = "ENGINE,…", value_delimiter = ',')]
+    against: Vec<Against>,
     /// Write everything that was measured to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -77,11 +90,31 @@ pub struct EngineArgs {
 }
 
 /// Another engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 enum Against {
-    /// Its own benchmark programs, from the Python source package
+    /// Its own benchmark programs, from the Python source package, for this processor
     #[value(name = "llama.cpp")]
     LlamaCpp,
+    /// The same, but for the processor's matrix unit (AMX)
+    #[value(name = "llama.cpp-no-amx")]
+    LlamaCppNoAmx,
+}
+
+impl Against {
+    const fn flavor(self) -> Flavor {
+        match self {
+            Self::LlamaCpp => Flavor::Native,
+            Self::LlamaCppNoAmx => Flavor::WithoutAmx,
+        }
+    }
+
+    /// As it is called on the command line and in the report.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::LlamaCpp => "llama.cpp",
+            Self::LlamaCppNoAmx => "llama.cpp-no-amx",
+        }
+    }
 }
 
 impl EngineArgs {
@@ -90,6 +123,14 @@ impl EngineArgs {
         batches.sort_unstable();
         batches.dedup();
         Plan { prompt_tokens: self.pp, gen_tokens: self.tg, batches, ..Plan::default() }
+    }
+
+    /// The other engines, each once.
+    fn against(&self) -> Vec<Against> {
+        let mut against = self.against.clone();
+        against.sort_unstable();
+        against.dedup();
+        against
     }
 
     fn threads(&self) -> usize {
@@ -133,10 +174,11 @@ pub async fn run(args: EngineArgs) -> Result<(), Failure> {
 #[derive(Default)]
 struct Samples {
     ours: BTreeMap<Figure, Vec<f64>>,
-    theirs: BTreeMap<Figure, Vec<f64>>,
+    theirs: BTreeMap<(Against, Figure), Vec<f64>>,
     bandwidth: Vec<f64>,
     buffer_bytes: usize,
     resident_bytes_max: Option<u64>,
+    peaks: Vec<Peak>,
 }
 
 /// Measures everything; the memory with a buffer of `buffer_bytes`.
@@ -146,18 +188,19 @@ fn measure(
     buffer_bytes: u64,
     cancel: &Cancel,
 ) -> Result<Report, Failure> {
-    let llama = match args.against {
-        None => None,
-        Some(Against::LlamaCpp) if local.path.is_file() => Some(build::llama(cancel)?),
-        Some(Against::LlamaCpp) => {
-            let path = local.path.display();
-            let message = format!("--against llama.cpp needs a GGUF file; {path} is a directory");
-            return Err(Failure::Usage(message));
-        }
-    };
+    if !local.path.is_file() && (!args.against.is_empty() || args.requantize.is_some()) {
+        let path = local.path.display();
+        let message = format!("llama.cpp needs a GGUF file; {path} is a directory");
+        return Err(Failure::Usage(message));
+    }
+    let made = args.requantize.map(|to| requantize::make(local, to, cancel)).transpose()?;
+    let local = made.as_ref().unwrap_or(local);
+    let build = |against: Against| Ok((against, build::llama(against.flavor(), cancel)?));
+    let llamas = args.against().into_iter().map(build).collect::<Result<Vec<_>, Failure>>()?;
     let plan = args.plan();
     let mut ours = Ours::load(&local.path, args.dtype, args.threads(), &plan)?;
-    let rounds = Rounds { args, local, plan: &plan, llama: llama.as_ref(), buffer_bytes, cancel };
+    let pool = ThreadPool::new(args.threads());
+    let rounds = Rounds { args, local, plan: &plan, llamas: &llamas, buffer_bytes, pool, cancel };
     let samples = rounds.sample(&mut ours)?;
     report(args, local, &plan, &ours, samples)
 }
@@ -167,8 +210,10 @@ struct Rounds<'a> {
     args: &'a EngineArgs,
     local: &'a Local,
     plan: &'a Plan,
-    llama: Option<&'a Llama>,
+    llamas: &'a [(Against, Llama)],
     buffer_bytes: u64,
+    /// Threads for what the arithmetic units do at most.
+    pool: ThreadPool,
     cancel: &'a Cancel,
 }
 
@@ -198,10 +243,11 @@ impl Rounds<'_> {
             };
             samples.buffer_bytes = memory.bytes();
             samples.bandwidth.push(memory.sample());
-            if let Some(llama) = self.llama {
-                steps.at(round, "llama.cpp");
+            samples.peaks.push(peak(&self.pool, PEAK_TIME));
+            for (against, llama) in self.llamas {
+                steps.at(round, against.name());
                 for (figure, rate) in llama.measure(&local.path, args.threads(), plan, cancel)? {
-                    samples.theirs.entry(figure).or_default().push(rate);
+                    samples.theirs.entry((*against, figure)).or_default().push(rate);
                 }
             }
             steps.at(round + 1, "");
@@ -228,13 +274,21 @@ fn report(
     let mut figures = Vec::new();
     for figure in plan.figures() {
         let summary = samples.ours.remove(&figure).and_then(Summary::of).ok_or_else(nothing)?;
-        let theirs = samples.theirs.remove(&figure).and_then(Summary::of);
-        figures.push(FigureReport::new(plan.name(figure), summary, theirs));
+        let others = args.against().into_iter().filter_map(|against| {
+            let theirs = samples.theirs.remove(&(against, figure)).and_then(Summary::of)?;
+            Some(Other::new(against.name(), &summary, theirs))
+        });
+        let others = others.collect();
+        figures.push(FigureReport { name: plan.name(figure), ours: summary, others });
     }
     let bandwidth = Summary::of(samples.bandwidth).ok_or_else(nothing)?;
     let decode = figures.iter().find(|figure| figure.name == plan.name(Figure::Decode));
     let decode_rate = decode.map(|figure| figure.ours.median).ok_or_else(nothing)?;
     let decode_bytes_per_second = decode_rate * ours.decode_bytes as f64;
+    let prefill = figures.iter().find(|figure| figure.name == plan.name(Figure::Prefill));
+    let prefill_rate = prefill.map(|figure| figure.ours.median).ok_or_else(nothing)?;
+    let arithmetic =
+        ArithmeticReport::new(&samples.peaks, prefill_rate * 2.0 * ours.layer_weights as f64);
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         model: ModelReport {
@@ -247,8 +301,10 @@ fn report(
         },
         machine: MachineReport { processor: Processor::this().name, threads: args.threads() },
         repetitions: args.repetitions,
-        against: args.against.map(|Against::LlamaCpp| build::PACKAGE.to_owned()),
+        against: args.against().into_iter().map(Against::name).collect(),
+        package: build::PACKAGE,
         figures,
+        arithmetic: arithmetic.ok_or_else(nothing)?,
         memory: MemoryReport {
             decode_share: decode_bytes_per_second / bandwidth.median,
             bandwidth,
@@ -275,14 +331,18 @@ fn file_bytes(path: &Path) -> u64 {
 }
 
 /// Creates the file if it is not there; what is in it stays.
-fn check_writable(path: &Path) -> Result<(), Failure> {
+pub(in crate::bench) fn check_writable(path: &Path) -> Result<(), Failure> {
     let opened = fs::File::options().create(true).append(true).open(path);
     let failed =
         |error| Failure::Usage(format!("--json: cannot write {}: {error}", path.display()));
     opened.map(|_| ()).map_err(failed)
 }
 
-fn write_json(path: &Path, report: &Report) -> Result<(), Failure> {
+/// Writes a report to `path`.
+pub(in crate::bench) fn write_json(
+    path: &Path,
+    report: &impl serde::Serialize,
+) -> Result<(), Failure> {
     let failed = |error: &dyn std::fmt::Display| {
         Failure::Failed(format!("cannot write {}: {error}", path.display()))
     };
@@ -290,7 +350,8 @@ fn write_json(path: &Path, report: &Report) -> Result<(), Failure> {
     fs::write(path, text + "\n").map_err(|error| failed(&error))
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+/// An integer from 1, within reason.
+pub(in crate::bench) fn at_least_one(text: &str) -> Result<usize, String> {
     between(text, 1, 1 << 10)
 }
 
@@ -330,11 +391,17 @@ mod tests {
     fn the_defaults_are_what_llama_cpps_programs_measure() {
         let args = parsed(&[]).unwrap();
         assert_eq!((args.plan(), args.repetitions), (Plan::default(), 5));
-        assert_eq!((args.against, args.dtype), (None, WeightDtype::Auto));
-        let flags =
-            ["--against=llama.cpp", "--batches=8,1,8", "--pp=128", "--tg=32", "--dtype=bf16"];
+        assert_eq!((args.against(), args.dtype), (vec![], WeightDtype::Auto));
+        let flags = [
+            "--against=llama.cpp-no-amx,llama.cpp",
+            "--batches=8,1,8",
+            "--pp=128",
+            "--tg=32",
+            "--dtype=bf16",
+        ];
         let args = parsed(&flags).unwrap();
-        assert_eq!((args.against, args.dtype), (Some(Against::LlamaCpp), WeightDtype::Bf16));
+        let both = vec![Against::LlamaCpp, Against::LlamaCppNoAmx];
+        assert_eq!((args.against(), args.dtype), (both, WeightDtype::Bf16));
         let plan = args.plan();
         assert_eq!((plan.prompt_tokens, plan.gen_tokens, plan.batches), (128, 32, vec![1, 8]));
     }
@@ -386,7 +453,7 @@ mod tests {
         let names: Vec<&str> = report.figures.iter().map(|f| f.name.as_str()).collect();
         assert_eq!(names, ["pp64", "tg8", "batch 1", "batch 3"]);
         assert!(report.figures.iter().all(|f| f.ours.samples.len() == 2 && f.ours.min > 0.0));
-        assert!(report.figures.iter().all(|f| f.theirs.is_none() && f.ratio.is_none()));
+        assert!(report.figures.iter().all(|f| f.others.is_empty()));
         assert_eq!(report.memory.bandwidth.samples.len(), 2);
         assert!(report.model.file_bytes > report.model.decode_bytes / 2);
         let share = report.figures[1].ours.median * report.model.decode_bytes as f64

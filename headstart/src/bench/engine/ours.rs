@@ -25,6 +25,8 @@ pub(super) struct Ours {
     pub(super) weight_bytes: u64,
     /// Bytes of those that each decode step reads.
     pub(super) decode_bytes: u64,
+    /// Weights that each token meets.
+    pub(super) layer_weights: u64,
     /// Bytes of the KV pool.
     pub(super) kv_bytes: u64,
 }
@@ -70,6 +72,7 @@ impl Ours {
             random: 0x9e37_79b9_7f4a_7c15,
             weight_bytes: model.weight_bytes() as u64,
             decode_bytes: model.decode_bytes() as u64,
+            layer_weights: model.layer_weights() as u64,
             kv_bytes: executor.kv_bytes() as u64,
             engine: Engine::new(Box::new(executor), plan.step_tokens()),
         })

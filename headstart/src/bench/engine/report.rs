@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anstyle::{AnsiColor, Style};
+use headstart_kernels::Peak;
 use serde::Serialize;
 
 use crate::bench::stats::{Summary, figure};
@@ -27,11 +28,15 @@ pub(super) struct Report {
     pub(super) machine: MachineReport,
     /// Rounds; each gives every figure one sample.
     pub(super) repetitions: usize,
-    /// The other engine, as its package is called.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) against: Option<String>,
+    /// The other engines' names.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) against: Vec<&'static str>,
+    /// The package that they come from.
+    pub(super) package: &'static str,
     /// Tokens a second.
     pub(super) figures: Vec<FigureReport>,
+    /// How near reading a prompt comes to what the arithmetic units allow.
+    pub(super) arithmetic: ArithmeticReport,
     /// How near decoding comes to what memory allows.
     pub(super) memory: MemoryReport,
 }
@@ -69,12 +74,37 @@ pub(super) struct FigureReport {
     pub(super) name: String,
     /// Headstart's.
     pub(super) ours: Summary,
-    /// The other engine's.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) theirs: Option<Summary>,
+    /// The other engines'.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) others: Vec<Other>,
+}
+
+/// One figure of another engine.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Other {
+    /// The engine.
+    pub(super) name: &'static str,
+    /// Its samples.
+    pub(super) theirs: Summary,
     /// Our median by theirs.
+    pub(super) ratio: f64,
+}
+
+/// Arithmetic: what the units do at most, and how much of it reading a prompt takes. A product and
+/// its sum are two operations.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct ArithmeticReport {
+    /// Operations a second on f32, all threads together.
+    pub(super) f32_per_second: Summary,
+    /// On bytes, in the matrix unit.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) ratio: Option<f64>,
+    pub(super) amx_i8_per_second: Option<Summary>,
+    /// On bf16, in the matrix unit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) amx_bf16_per_second: Option<Summary>,
+    /// Operations a second of reading a prompt: its median rate times two for each weight of the
+    /// layers. Attention is not counted.
+    pub(super) prefill_per_second: f64,
 }
 
 /// Memory: how fast it is read, and how much of it is used.
@@ -97,11 +127,25 @@ pub(super) struct MemoryReport {
     pub(super) kv_bytes: u64,
 }
 
-impl FigureReport {
-    /// A figure with its ratio.
-    pub(super) fn new(name: String, ours: Summary, theirs: Option<Summary>) -> Self {
-        let ratio = theirs.as_ref().map(|theirs| ours.median / theirs.median);
-        Self { name, ours, theirs, ratio }
+impl ArithmeticReport {
+    /// The medians of `peaks`; `None` without any.
+    pub(super) fn new(peaks: &[Peak], prefill_per_second: f64) -> Option<Self> {
+        let of = |rate: &dyn Fn(&Peak) -> Option<f64>| {
+            Summary::of(peaks.iter().filter_map(rate).collect())
+        };
+        Some(Self {
+            f32_per_second: of(&|peak| Some(peak.f32_per_second))?,
+            amx_i8_per_second: of(&|peak| peak.amx_i8_per_second),
+            amx_bf16_per_second: of(&|peak| peak.amx_bf16_per_second),
+            prefill_per_second,
+        })
+    }
+}
+
+impl Other {
+    /// `theirs` beside `ours`.
+    pub(super) fn new(name: &'static str, ours: &Summary, theirs: Summary) -> Self {
+        Self { name, ratio: ours.median / theirs.median, theirs }
     }
 }
 
@@ -120,7 +164,7 @@ impl Report {
             "{HEADING}{name}{HEADING:#} ({size}, dtype {dtype}), {threads} of {processor}, {rounds}"
         );
         let figures = render(&self.figure_rows());
-        let memory = render(&self.memory_rows());
+        let memory = render(&[self.memory_rows(), self.arithmetic_rows()].concat());
         let notes: String =
             self.notes().iter().map(|note| format!("{ASIDE}{note}{ASIDE:#}\n")).collect();
         format!("{heading}\n\n{figures}\n{memory}{notes}")
@@ -129,14 +173,16 @@ impl Report {
     fn figure_rows(&self) -> Vec<Vec<Cell>> {
         let head = |text: &str| Cell::new(text).styled(HEADING);
         let mut heads = vec![head("tokens/s"), head("headstart"), head("min … max")];
-        if self.against.is_some() {
-            heads.extend([head("llama.cpp"), head("min … max"), head("ratio")]);
+        for name in &self.against {
+            heads.extend([head(name), head("min … max"), head("ratio")]);
         }
         let row = |figure: &FigureReport| {
             let mut row = vec![Cell::new(&figure.name)];
             row.extend(summary(&figure.ours));
-            row.extend(figure.theirs.iter().flat_map(summary));
-            row.extend(figure.ratio.map(ratio));
+            for other in &figure.others {
+                row.extend(summary(&other.theirs));
+                row.push(ratio(other.ratio));
+            }
             row
         };
         std::iter::once(heads).chain(self.figures.iter().map(row)).collect()
@@ -167,12 +213,36 @@ impl Report {
         rows
     }
 
+    fn arithmetic_rows(&self) -> Vec<Vec<Cell>> {
+        let it = &self.arithmetic;
+        let rate = |name: &str, per_second: f64| {
+            vec![Cell::new(name), Cell::new(format!("{:.0} Gop/s", per_second / 1e9))]
+        };
+        let unit = |name: &str, peak: &Summary| {
+            let mut row = rate(name, peak.median);
+            let share = it.prefill_per_second / peak.median * 100.0;
+            row.push(Cell::new(format!("a prompt takes {share:.1} % of it")).styled(ASIDE));
+            row
+        };
+        let mut rows = vec![
+            rate("reading a prompt does", it.prefill_per_second),
+            unit("f32 vectors do", &it.f32_per_second),
+        ];
+        rows.extend(it.amx_bf16_per_second.iter().map(|peak| unit("bf16 tiles do", peak)));
+        rows.extend(it.amx_i8_per_second.iter().map(|peak| unit("byte tiles do", peak)));
+        rows
+    }
+
     fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
-        let Some(against) = &self.against else {
+        if self.against.is_empty() {
             return notes;
-        };
-        notes.push(format!("llama.cpp is the one in {against}, built for this processor."));
+        }
+        let package = self.package;
+        notes.push(format!("llama.cpp is the one in {package}, built for this processor."));
+        if self.against.contains(&"llama.cpp-no-amx") {
+            notes.push("llama.cpp-no-amx does without the processor's matrix unit.".to_owned());
+        }
         if self.model.dtype != "auto" {
             notes.push("llama.cpp keeps the file's own weight types; --dtype is ours.".to_owned());
         }
@@ -206,7 +276,11 @@ mod tests {
     }
 
     fn report(against: bool) -> Report {
-        let theirs = |samples| against.then(|| summed(samples));
+        let figure = |name: &str, ours: &[f64], theirs: &[f64]| {
+            let ours = summed(ours);
+            let other = against.then(|| Other::new("llama.cpp", &ours, summed(theirs)));
+            FigureReport { name: name.into(), ours, others: other.into_iter().collect() }
+        };
         Report {
             version: "0.1.0",
             model: ModelReport {
@@ -219,15 +293,21 @@ mod tests {
             },
             machine: MachineReport { processor: "A CPU".into(), threads: 2 },
             repetitions: 3,
-            against: against.then(|| "llama-cpp-python==0.3.36".into()),
+            against: against.then_some("llama.cpp").into_iter().collect(),
+            package: "llama-cpp-python==0.3.36",
             figures: vec![
-                FigureReport::new(
-                    "pp512".into(),
-                    summed(&[2000.0, 1990.0, 2100.0]),
-                    theirs(&[500.0, 400.0, 600.0]),
-                ),
-                FigureReport::new("tg128".into(), summed(&[90.0; 3]), theirs(&[100.0; 3])),
+                figure("pp512", &[2000.0, 1990.0, 2100.0], &[500.0, 400.0, 600.0]),
+                figure("tg128", &[90.0; 3], &[100.0; 3]),
             ],
+            arithmetic: ArithmeticReport::new(
+                &[Peak {
+                    f32_per_second: 100e9,
+                    amx_i8_per_second: Some(4e12),
+                    amx_bf16_per_second: None,
+                }],
+                50e9,
+            )
+            .unwrap(),
             memory: MemoryReport {
                 bandwidth: summed(&[18e9, 20e9, 21e9]),
                 buffer_bytes: 1 << 30,
@@ -253,11 +333,14 @@ tokens/s  headstart      min … max
 pp512          2000    1990 … 2100
 tg128         90.00  90.00 … 90.00
 
-memory reads at    20.0 GB/s      18.0 … 21.0
-decoding reads at   8.1 GB/s       40 % of it
-a step reads           90 MB
-weights                98 MB
-peak memory           130 MB  1.30 × the file
+memory reads at        20.0 GB/s                   18.0 … 21.0
+decoding reads at       8.1 GB/s                    40 % of it
+a step reads               90 MB
+weights                    98 MB
+peak memory               130 MB               1.30 × the file
+reading a prompt does  50 Gop/s
+f32 vectors do        100 Gop/s  a prompt takes 50.0 % of it
+byte tiles do        4000 Gop/s   a prompt takes 1.3 % of it
 ";
         assert_eq!(plain(&report(false)), expected);
     }
@@ -278,10 +361,10 @@ peak memory           130 MB  1.30 × the file
     fn the_json_has_the_samples() {
         let json = serde_json::to_value(report(true)).unwrap();
         assert_eq!(json["figures"][0]["ours"]["samples"][2], 2100.0);
-        assert_eq!(json["figures"][0]["theirs"]["median"], 500.0);
-        assert_eq!(json["figures"][0]["ratio"], 4.0);
+        assert_eq!(json["figures"][0]["others"][0]["theirs"]["median"], 500.0);
+        assert_eq!(json["figures"][0]["others"][0]["ratio"], 4.0);
         assert_eq!(json["memory"]["decode_share"], 0.405);
         let alone = serde_json::to_value(report(false)).unwrap();
-        assert!(alone["figures"][0].get("theirs").is_none() && alone.get("against").is_none());
+        assert!(alone["figures"][0].get("others").is_none() && alone.get("against").is_none());
     }
 }
