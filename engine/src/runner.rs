@@ -39,11 +39,14 @@ pub struct EngineOptions {
     pub step_tokens: usize,
     /// Commands that wait for the next step boundary at most.
     pub inbox: usize,
+    /// Prompts whose answers drafters begin wait for the first draft token: for a drafter and a base
+    /// that share their processor.
+    pub wait_for_drafts: bool,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { slots: 64, step_tokens: 512, inbox: 1024 }
+        Self { slots: 64, step_tokens: 512, inbox: 1024, wait_for_drafts: false }
     }
 }
 
@@ -180,6 +183,8 @@ impl EngineHandle {
                 ..EngineStats::default()
             }),
         });
+        let mut engine = Engine::new(executor, options.step_tokens);
+        engine.wait_for_drafts(options.wait_for_drafts);
         let runner = Runner {
             engine,
             commands,

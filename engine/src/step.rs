@@ -31,6 +31,7 @@ pub struct Engine {
     executor: Box<dyn Executor>,
     limits: Limits,
     step_tokens: usize,
+    waits_for_drafts: bool,
     pool: PagePool,
     prefixes: PrefixCache,
     sequences: BTreeMap<SequenceId, Sequence>,
@@ -52,6 +53,7 @@ impl Engine {
             executor,
             limits,
             step_tokens: step_tokens.max(1),
+            waits_for_drafts: false,
             pool: PagePool::new(limits.pages),
             prefixes: PrefixCache::new(limits.page_size),
             sequences: BTreeMap::new(),
@@ -61,6 +63,17 @@ impl Engine {
             exports: BTreeMap::new(),
             imports: BTreeMap::new(),
         }
+    }
+
+    /// Whether a prompt whose answer somebody else begins is left alone until its first draft token
+    /// is here. Where both share a processor, that token comes sooner.
+    pub fn wait_for_drafts(&mut self, wait: bool) {
+        self.waits_for_drafts = wait;
+    }
+
+    /// Tokens of `sequence` that can be extended now.
+    fn work(&self, sequence: &Sequence) -> usize {
+        if self.waits_for_drafts && sequence.awaits_draft() { 0 } else { sequence.work() }
     }
 
     /// The KV pages.
@@ -198,7 +211,7 @@ impl Engine {
     /// Whether a step would find something to do.
     #[must_use]
     pub fn has_work(&self) -> bool {
-        self.sequences.values().any(|sequence| sequence.work() > 0)
+        self.sequences.values().any(|sequence| self.work(sequence) > 0)
     }
 
     /// Runs one step and tells what came of it.
@@ -226,6 +239,9 @@ impl Engine {
             if budget == 0 || self.starved.is_some_and(|starved| starved < id) {
                 return;
             }
+            if self.waits_for_drafts && sequence.awaits_draft() {
+                continue;
+            }
             let pages = self.prefixes.lookup(sequence.reusable());
             if !pages.is_empty() {
                 sequence.reuse(pages, self.limits.page_size);
@@ -241,7 +257,7 @@ impl Engine {
             .iter()
             .map(|(&id, sequence)| Demand {
                 id,
-                work: sequence.work(),
+                work: self.work(sequence),
                 prefilling: sequence.is_prefilling(),
                 computed: sequence.computed(),
                 pages: sequence.pages.len(),

@@ -138,6 +138,7 @@ proptest! {
         draft_max in 0usize..30,
         step_tokens in 1usize..40,
         scarce: bool,
+        waits: bool,
         moves in prop::collection::vec((0usize..5, 0usize..6), 0..80),
     ) {
         let prompts: Vec<Vec<TokenId>> = own.iter().map(|own| [&shared[..], own].concat()).collect();
@@ -145,6 +146,7 @@ proptest! {
         let (drafter, base) = (fake(1, pages), fake(2, pages));
         let policy = DraftPolicy { window, threshold, continue_complete, continue_empty };
         let mut engine = Engine::new(Box::new(base.clone()), step_tokens);
+        engine.wait_for_drafts(waits);
         let mut cases = Vec::new();
         let mut expected = Vec::new();
         for prompt in &prompts {
@@ -154,6 +156,7 @@ proptest! {
             let answer = Answer { tokens: Vec::new(), decided: None, finish: None };
             cases.push(Case { id: engine.add(request), draft, given: 0, ended: false, scored: 0, answer });
         }
+        prop_assert!(!waits || !engine.has_work(), "prompts wait for their drafts if they must");
         // Gives draft pieces and steps in the order of `moves`, then whatever is left.
         let rest = (0..cases.len()).flat_map(|case| [(case, 100), (case, 100), (4, 0)]);
         for (which, amount) in moves.into_iter().chain(rest) {

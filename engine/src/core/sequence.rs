@@ -227,6 +227,13 @@ impl Sequence {
         ready.saturating_sub(self.computed)
     }
 
+    /// Whether somebody else is to begin this answer and has not yet.
+    #[must_use]
+    pub fn awaits_draft(&self) -> bool {
+        let reading = matches!(&self.phase, Phase::Reading(reading) if !reading.complete);
+        reading && self.answer_len() == 0
+    }
+
     /// Whether nobody waits for the very next token: the prompt, or a recomputation, is under way.
     #[must_use]
     pub fn is_prefilling(&self) -> bool {

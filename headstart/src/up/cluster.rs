@@ -239,6 +239,8 @@ impl Starter<'_> {
         let engine = EngineOptions {
             slots: self.options.slots,
             step_tokens: self.options.step_tokens,
+            // All nodes share this machine: reading a prompt would only delay its draft.
+            wait_for_drafts: true,
             ..EngineOptions::default()
         };
         let cpu_options = CpuOptions {

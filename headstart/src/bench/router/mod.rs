@@ -169,10 +169,8 @@ async fn measure(args: &RouterArgs, text: &ModelText, cancel: &Cancel) -> Result
     let mut sides: Vec<Side> = field.names().into_iter().map(Side::new).collect();
     for round in 0..args.repetitions as u64 {
         steps.at(round, "");
-        let rendering = field.round(args, text, time, &mut |at: usize, round| {
-            sides[at].push(round);
-        });
-        renderings.push(rendering.await?);
+        let mut tell = |at: usize, round| sides[at].push(round);
+        renderings.push(field.round(args, text, time, &mut tell).await?);
     }
     drop(steps);
     Ok(Report {
