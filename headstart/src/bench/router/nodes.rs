@@ -23,6 +23,7 @@ use crate::failure::Failure;
 /// What both nodes tell of themselves.
 const CONTEXT_LENGTH: u32 = 1 << 16;
 const SLOTS: u32 = 1 << 10;
+const KV_TOKENS: u64 = 1 << 26;
 
 /// Fake nodes that are up.
 pub(super) struct FakeNodes {
@@ -95,6 +96,7 @@ fn record(tier: Tier, address: &str, text: &ModelText) -> Result<NodeRecord, Fai
         text_fingerprint: text.fingerprint().to_string(),
         context_length: CONTEXT_LENGTH,
         slots: SLOTS,
+        kv_tokens: KV_TOKENS,
         draining: false,
         incarnation: 1,
     })
