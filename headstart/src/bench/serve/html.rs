@@ -12,7 +12,7 @@ const HEIGHT: f64 = 260.0;
 const LEFT: f64 = 52.0;
 const BOTTOM: f64 = 36.0;
 const TOP: f64 = 14.0;
-const RIGHT: f64 = 14.0;
+const RIGHT: f64 = 30.0;
 /// A curve has no more points than this.
 const POINTS_MAX: usize = 400;
 const BARS: usize = 40;
