@@ -169,7 +169,8 @@ impl EngineHandle {
         let (inbox, commands) = mpsc::channel(options.inbox.max(1));
         let (copies, pages) = mpsc::channel(COPY_QUEUE);
         let (limits, kv_format) = (executor.limits(), executor.kv_format());
-        let engine = Engine::new(executor, options.step_tokens);
+        let mut engine = Engine::new(executor, options.step_tokens);
+        engine.wait_for_drafts(options.wait_for_drafts);
         let shared = Arc::new(Shared {
             limits,
             kv_format,
@@ -183,8 +184,6 @@ impl EngineHandle {
                 ..EngineStats::default()
             }),
         });
-        let mut engine = Engine::new(executor, options.step_tokens);
-        engine.wait_for_drafts(options.wait_for_drafts);
         let runner = Runner {
             engine,
             commands,
