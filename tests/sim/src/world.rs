@@ -198,7 +198,12 @@ impl World {
     }
 
     async fn start_node(&self, host: HostId, tier: Kind) -> Result<Process, String> {
-        let engine = EngineOptions { slots: self.plan.slots, step_tokens: 64, inbox: 256 };
+        let engine = EngineOptions {
+            slots: self.plan.slots,
+            step_tokens: 64,
+            inbox: 256,
+            ..EngineOptions::default()
+        };
         let pace = self.pace(host, tier);
         let (engine, runner) =
             EngineHandle::start_paced(Box::new(self.executor(tier)), engine, pace);
