@@ -49,6 +49,8 @@ pub enum Body {
     },
     /// Another base is to go on.
     Moved {
+        /// Its KV may be had from this one.
+        kv: bool,
         /// `ln P` of the first draft tokens; empty once the draft is decided.
         scores: Vec<f32>,
     },
@@ -159,9 +161,10 @@ impl Answer {
     }
 
     /// Ends the frames here: another base goes on behind them.
-    pub fn move_on(&mut self) {
+    /// `kv`: this one has the answer's KV to give.
+    pub fn move_on(&mut self, kv: bool) {
         let scores = if self.kept.is_none() { self.scores.clone() } else { Vec::new() };
-        self.push(Body::Moved { scores });
+        self.push(Body::Moved { kv, scores });
     }
 
     /// Whether the last frame was made.
@@ -247,7 +250,7 @@ mod tests {
                     format!("{position}s {switched} {kept}/{drafted}")
                 }
                 Body::Finished { answer_tokens, .. } => format!("{position}f {answer_tokens}"),
-                Body::Moved { scores } => format!("{position}m {}", scores.len()),
+                Body::Moved { scores, .. } => format!("{position}m {}", scores.len()),
             });
         }
         words.join(" ")
@@ -290,7 +293,7 @@ mod tests {
         assert_eq!(show(&mut answer), "");
         answer.take(read(3, &[13, 14], None));
         assert_eq!(show(&mut answer), "4d[14]");
-        answer.move_on();
+        answer.move_on(true);
         assert_eq!(show(&mut answer), "5m 5");
         assert!(answer.is_over());
 
@@ -298,7 +301,7 @@ mod tests {
         let begun = Begun { decision: Some(kept), ..begun };
         let mut answer = Answer::new(3, 100, true).with_begun(&begun);
         answer.take(wrote(4, 20));
-        answer.move_on();
+        answer.move_on(true);
         assert_eq!(show(&mut answer), "4b[20] 5m 0");
     }
 

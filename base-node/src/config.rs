@@ -1,10 +1,18 @@
 //! The base-node's configuration.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use clap::Parser;
-use headstart_service::config::{CommonOptions, duration};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use headstart_cluster::BaseRole;
+use headstart_handoff::Times;
+use headstart_service::config::{CommonOptions, ConfigError, duration};
+use headstart_service::node::NodeError;
 use headstart_service::options::{BasePromptChoice, ModelOptions, NodeOptions};
+use headstart_service::server::{ServeError, bind};
+
+use crate::kv::KvOptions;
 
 /// A Headstart base: reads drafts along, takes over from the drafter, and writes the rest.
 ///
@@ -31,6 +39,52 @@ pub struct Config {
     /// How long a request may wait for its drafter, or a drafter for its request
     #[arg(long, env = "HEADSTART_HANDOFF_TIMEOUT", value_name = "TIME", default_value = "10s", value_parser = duration)]
     pub handoff_timeout: Duration,
+    /// What this base does of an answer: all of it, only read prompts and drafts, or only write on
+    #[arg(long, env = "HEADSTART_ROLE", value_name = "ROLE", default_value = "unified", value_parser = role())]
+    pub role: BaseRole,
+    /// Where other bases fetch the KV of answers that move; port 0 takes any free port
+    #[arg(
+        long,
+        env = "HEADSTART_KV_LISTEN",
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1:0"
+    )]
+    pub kv_listen: SocketAddr,
+    /// How others reach the KV listener, host:port [default: where it listens]
+    #[arg(long, env = "HEADSTART_KV_ADVERTISE", value_name = "HOST:PORT")]
+    pub kv_advertise: Option<String>,
+    /// How long the KV of an answer that moves is kept for the base that goes on with it
+    #[arg(long, env = "HEADSTART_KV_LEASE", value_name = "TIME", default_value = "10s", value_parser = duration)]
+    pub kv_lease: Duration,
+}
+
+fn role() -> impl TypedValueParser<Value = BaseRole> {
+    PossibleValuesParser::new(["unified", "score", "decode"])
+        .map(|role| role.parse().unwrap_or_default())
+}
+
+impl Config {
+    /// Listens for other bases, as the options say.
+    ///
+    /// # Errors
+    /// When the address is in use, or nobody could reach it.
+    pub async fn kv(&self) -> Result<KvOptions, NodeError> {
+        let listener = bind("kv-listen", self.kv_listen).await?;
+        let local = listener.local_addr();
+        let local = local.map_err(|error| ServeError::Failed { cause: error.to_string() })?;
+        let address = match &self.kv_advertise {
+            Some(address) => address.clone(),
+            None if local.ip().is_unspecified() => {
+                let message =
+                    format!("expected host:port because --kv-listen is {}", self.kv_listen);
+                return Err(ConfigError::Invalid { field: "kv-advertise", message }.into());
+            }
+            None => local.to_string(),
+        };
+        let times = Times { lease: self.kv_lease, ..Times::default() };
+        let (role, listener) = (self.role, Some(listener));
+        Ok(KvOptions { role, listener, address, times, ..KvOptions::default() })
+    }
 }
 
 #[cfg(test)]

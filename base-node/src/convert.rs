@@ -10,6 +10,7 @@ use headstart_proto::v1::{self, DraftEncoding, DraftEnd, OnDraftComplete, serve_
 use headstart_proto::{Epoch, Error, RequestId};
 
 use crate::answer::{Begun, Body, Frame, Source};
+use crate::kv::Kv;
 
 /// Alternatives a position may report at most.
 const TOP_LOGPROBS_MAX: u32 = 20;
@@ -204,7 +205,7 @@ pub fn stop_reason(decision: Decision) -> DraftEnd {
 
 /// The wire form of a frame.
 #[must_use]
-pub fn frame(job: &Job, frame: Frame) -> v1::ServeFrame {
+pub fn frame(job: &Job, kv: &Kv, frame: Frame) -> v1::ServeFrame {
     let event = match frame.body {
         Body::Tokens { source, ids, judged } => serve_frame::Event::Tokens(v1::Tokens {
             source: match source {
@@ -227,7 +228,10 @@ pub fn frame(job: &Job, frame: Frame) -> v1::ServeFrame {
             prompt_tokens: job.prompt.len() as u32,
             completion_tokens: answer_tokens as u32,
         }),
-        Body::Moved { scores } => serve_frame::Event::Moved(v1::Moved { kv: None, scores }),
+        Body::Moved { kv: has_kv, scores } => {
+            let kv = has_kv.then(|| kv.source(&job.id, job.epoch));
+            serve_frame::Event::Moved(v1::Moved { kv, scores })
+        }
     };
     v1::ServeFrame {
         request_id: job.id.to_string(),

@@ -8,6 +8,7 @@
 pub mod answer;
 pub mod config;
 pub mod convert;
+pub mod kv;
 pub mod metrics;
 pub mod node;
 pub mod reading;
@@ -16,4 +17,5 @@ pub mod service;
 pub mod session;
 
 pub use headstart_node::HostOptions as BaseOptions;
-pub use node::start;
+pub use kv::KvOptions;
+pub use node::{start, start_with};

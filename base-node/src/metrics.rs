@@ -30,6 +30,24 @@ pub fn describe() {
         "headstart_base_handoff_seconds",
         "From the decision on a draft to the base's first own token."
     );
+    describe_counter!(
+        "headstart_base_kv_pulls_total",
+        "Pulls of KV from other bases, by outcome: whole, or why they ended before."
+    );
+    describe_counter!("headstart_base_kv_received_bytes_total", "Bytes of KV pages received.");
+    describe_counter!("headstart_base_kv_sent_bytes_total", "Bytes of KV pages sent.");
+    describe_counter!(
+        "headstart_base_kv_moved_total",
+        "Tokens of resumed requests whose KV came from another base."
+    );
+    describe_counter!(
+        "headstart_base_kv_recomputed_total",
+        "Tokens of resumed requests whose KV was to be had elsewhere, but was computed anew."
+    );
+    describe_counter!(
+        "headstart_base_kv_leases_total",
+        "Leases of requests that moved away, by end: pulled or expired."
+    );
     describe_gauge!("headstart_base_slots", "Requests the engine runs at once.");
     describe_gauge!("headstart_base_slots_used", "Requests the engine is running.");
     describe_gauge!("headstart_base_kv_tokens", "Tokens the KV pages hold.");
@@ -89,4 +107,27 @@ pub fn engine(stats: EngineStats) {
     gauge!("headstart_base_tokens_extended").set(stats.counters.tokens_extended as f64);
     gauge!("headstart_base_tokens_reused").set(stats.counters.tokens_reused as f64);
     gauge!("headstart_base_tokens_cut").set(stats.counters.tokens_cut as f64);
+}
+
+/// A pull of KV ended: whole, or with an error's code.
+pub fn kv_pulled(outcome: &'static str, bytes: u64) {
+    counter!("headstart_base_kv_pulls_total", "outcome" => outcome).increment(1);
+    counter!("headstart_base_kv_received_bytes_total").increment(bytes);
+}
+
+/// KV was sent to another base.
+pub fn kv_sent(bytes: u64) {
+    counter!("headstart_base_kv_sent_bytes_total").increment(bytes);
+}
+
+/// A request goes on here, with so many tokens' KV from another base.
+pub fn kv_resumed(moved_tokens: usize, recomputed_tokens: usize) {
+    counter!("headstart_base_kv_moved_total").increment(moved_tokens as u64);
+    counter!("headstart_base_kv_recomputed_total").increment(recomputed_tokens as u64);
+}
+
+/// A request that moved away left its KV to a reader, or to nobody.
+pub fn kv_lease_ended(pulled: bool) {
+    let end = if pulled { "pulled" } else { "expired" };
+    counter!("headstart_base_kv_leases_total", "end" => end).increment(1);
 }

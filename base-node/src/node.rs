@@ -11,6 +11,7 @@ use headstart_text::ModelText;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::kv::{Kv, KvOptions};
 use crate::metrics;
 use crate::service::BaseService;
 
@@ -19,9 +20,10 @@ use crate::service::BaseService;
 /// # Errors
 /// What the node cannot start or go on without.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), NodeError> {
+    let kv = config.kv().await?;
     let Config { node, model, base_prompt, handoff_timeout, .. } = config;
     let base_prompt = base_prompt.into();
-    headstart_node::run(tiered(), node, model, base_prompt, handoff_timeout, shutdown).await
+    headstart_node::run(tiered(kv), node, model, base_prompt, handoff_timeout, shutdown).await
 }
 
 /// Starts a base on `engine`, whose model's text side is `text`: it serves on `listener`,
@@ -37,16 +39,37 @@ pub async fn start(
     listener: impl Into<Listener>,
     shutdown: CancellationToken,
 ) -> Result<RunningNode, NodeError> {
-    headstart_node::start(tiered(), options, engine, text, membership, listener, shutdown).await
+    let kv = KvOptions::default();
+    start_with(kv, options, engine, text, membership, listener, shutdown).await
 }
 
-fn tiered() -> Tiered {
+/// As [`start`]; the base hands KV over as `kv` says.
+///
+/// # Errors
+/// When the node cannot register.
+pub async fn start_with(
+    kv: KvOptions,
+    options: HostOptions,
+    engine: EngineHandle,
+    text: &ModelText,
+    membership: &dyn Membership,
+    listener: impl Into<Listener>,
+    shutdown: CancellationToken,
+) -> Result<RunningNode, NodeError> {
+    headstart_node::start(tiered(kv), options, engine, text, membership, listener, shutdown).await
+}
+
+fn tiered(kv: KvOptions) -> Tiered {
+    let (base_role, kv_address) = (kv.role, kv.address.clone());
     Tiered {
         tier: Tier::Base,
-        services: |server: GrpcServer, host: &Host| {
-            let service = BaseServer::new(BaseService::new(host));
+        base_role,
+        kv_address,
+        services: Box::new(|server: GrpcServer, host: &Host| {
+            let kv = Kv::new(&host.engine, kv);
+            let service = BaseServer::new(BaseService::with_kv(host, kv));
             server.add(service.max_decoding_message_size(MESSAGE_BYTES_MAX))
-        },
+        }),
         describe_metrics: metrics::describe,
         engine_metrics: metrics::engine,
     }

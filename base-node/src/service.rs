@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::convert::{self, Job};
+use crate::kv::{Kv, KvOptions};
 use crate::metrics;
 use crate::rendezvous::{self, DraftInput, Link, Rendezvous};
 use crate::session::{Session, Shared};
@@ -32,9 +33,15 @@ pub struct BaseService {
 }
 
 impl BaseService {
-    /// A service on `host`.
+    /// A service on `host` that hands no KV over.
     #[must_use]
     pub fn new(host: &Host) -> Self {
+        Self::with_kv(host, Kv::new(&host.engine, KvOptions::default()))
+    }
+
+    /// A service on `host` that hands KV over by `kv`.
+    #[must_use]
+    pub fn with_kv(host: &Host, kv: Arc<Kv>) -> Self {
         let waiting = 2 * host.engine.stats().slots;
         Self {
             engine: host.engine.clone(),
@@ -44,18 +51,20 @@ impl BaseService {
                 tokenizer: host.text.tokenizer().clone(),
                 handoff_timeout: host.handoff_timeout,
                 draining: host.draining.clone(),
+                kv,
             },
             sessions: host.sessions.clone(),
         }
     }
 
-    fn open(
+    async fn open(
         &self,
         request: v1::ServeRequest,
     ) -> Result<mpsc::Receiver<Result<v1::ServeFrame, Status>>, Error> {
         if self.shared.draining.is_cancelled() {
             return Err(Error::new(ErrorCode::Draining, "the base is draining"));
         }
+        let source = request.resume.as_ref().and_then(|resume| resume.kv.clone());
         let job = Job::new(request, self.engine.limits())?;
         let seat = match job.draft {
             Some(_) => {
@@ -64,6 +73,13 @@ impl BaseService {
             }
             None => None,
         };
+        let hold = match source {
+            Some(source) if job.is_whole().is_none() => {
+                let known = job.prompt.len() + job.begun.answer.len();
+                self.shared.kv.wait(&job.id, &source, known).await
+            }
+            _ => None,
+        };
         let generation = match job.is_whole() {
             Some(_) => None,
             None => {
@@ -71,7 +87,7 @@ impl BaseService {
             }
         };
         let (frames, receiver) = mpsc::channel(FRAME_QUEUE);
-        let session = Session::new(job, generation, seat, frames, self.shared.clone())?;
+        let session = Session::new(job, generation, seat, frames, self.shared.clone(), hold)?;
         self.sessions.spawn(session.run());
         Ok(receiver)
     }
@@ -87,7 +103,7 @@ impl Base for BaseService {
         request: Request<v1::ServeRequest>,
     ) -> Result<Response<Self::ServeStream>, Status> {
         metrics::request_started();
-        let frames = self.open(request.into_inner()).inspect_err(|error| {
+        let frames = self.open(request.into_inner()).await.inspect_err(|error| {
             metrics::request_ended(error.code.code());
         })?;
         Ok(Response::new(ReceiverStream::new(frames)))
@@ -129,11 +145,15 @@ impl Base for BaseService {
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
-    /// Only a hint: a base that pulls no KV computes it.
     async fn prefetch(
         &self,
-        _request: Request<v1::PrefetchRequest>,
+        request: Request<v1::PrefetchRequest>,
     ) -> Result<Response<v1::PrefetchReply>, Status> {
+        let v1::PrefetchRequest { request_id, kv, .. } = request.into_inner();
+        let id = RequestId::new(&request_id).map_err(Error::from)?;
+        if let Some(source) = kv.filter(|_| !self.shared.draining.is_cancelled()) {
+            self.shared.kv.prefetch(&id, &source);
+        }
         Ok(Response::new(v1::PrefetchReply {}))
     }
 }

@@ -5,9 +5,11 @@
 //! ends; the drafter is told to stop in the moment the draft is decided. A drafter that is lost
 //! before may be followed by another one.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use headstart_engine::{Decision, Event, Finish, Generation, SubmitError};
+use headstart_handoff::Offer;
 use headstart_proto::v1::{self, DraftEnd};
 use headstart_proto::{Error, ErrorCode};
 use headstart_text::Tokenizer;
@@ -17,9 +19,13 @@ use tonic::Status;
 
 use crate::answer::{Answer, Body};
 use crate::convert::{self, Job};
+use crate::kv::{Hold, Kv};
 use crate::metrics;
 use crate::reading::Reading;
 use crate::rendezvous::{DraftInput, Line, Seat, Visitor};
+
+/// The outcome of an answer that another base goes on with.
+const MOVED: &str = "moved";
 
 /// What the sessions of a node share.
 #[derive(Clone)]
@@ -30,6 +36,8 @@ pub struct Shared {
     pub handoff_timeout: Duration,
     /// Cancelled when the node drains: sessions that can go on elsewhere do.
     pub draining: CancellationToken,
+    /// What leaves and comes in with answers that move.
+    pub kv: Arc<Kv>,
 }
 
 /// See the [module](self).
@@ -47,6 +55,10 @@ pub struct Session {
     frames: mpsc::Sender<Result<v1::ServeFrame, Status>>,
     shared: Shared,
     decided: Option<Instant>,
+    /// KV from another base, until the engine has begun.
+    hold: Option<Hold>,
+    /// The answer's KV, for the base that goes on.
+    offer: Option<Offer>,
 }
 
 impl Session {
@@ -60,6 +72,7 @@ impl Session {
         seat: Option<Seat>,
         frames: mpsc::Sender<Result<v1::ServeFrame, Status>>,
         shared: Shared,
+        hold: Option<Hold>,
     ) -> Result<Self, Error> {
         let window = job.draft.as_ref().map_or(1, |draft| draft.policy.window);
         let answer = Answer::new(window, job.max_tokens, job.top_logprobs.is_some());
@@ -68,8 +81,20 @@ impl Session {
             Some(draft) if job.reads() => Some(Reading::new(&job, draft, &shared.tokenizer)?),
             _ => None,
         };
-        let (line, decided) = (None, None);
-        Ok(Self { job, generation, answer, seat, draft, line, frames, shared, decided })
+        let (line, decided, offer) = (None, None, None);
+        Ok(Self {
+            job,
+            generation,
+            answer,
+            seat,
+            draft,
+            line,
+            frames,
+            shared,
+            decided,
+            hold,
+            offer,
+        })
     }
 
     /// Runs to the answer's end, or until the router hangs up.
@@ -83,12 +108,35 @@ impl Session {
             }
         };
         metrics::request_ended(outcome);
+        let Self { generation, seat, frames, shared, offer, .. } = self;
+        // The slot is free, and what is computed no longer changes.
+        drop((generation, seat, frames));
+        if let Some(offer) = offer.filter(|_| outcome == MOVED) {
+            shared.kv.keep(offer).await;
+        }
+    }
+
+    /// Lets another base go on: this one gives no more, but the answer's KV.
+    async fn move_on(&mut self) {
+        self.offer_kv().await;
+        self.answer.move_on(self.offer.is_some());
+    }
+
+    /// Offers the answer's KV, from what is computed by now.
+    async fn offer_kv(&mut self) {
+        if let (None, Some(generation)) = (&self.offer, &self.generation) {
+            self.offer = self.shared.kv.offer(&self.job.id, self.job.epoch, generation).await;
+        }
     }
 
     async fn serve(&mut self) -> Result<&'static str, Error> {
         if let Some(reason) = self.job.is_whole() {
             let answer_tokens = self.job.begun.answer.len();
             self.answer.take(Event::Finished { reason, answer_tokens });
+        }
+        if self.job.move_when_decided {
+            // Whoever goes on may follow from here.
+            self.offer_kv().await;
         }
         let patience = tokio::time::sleep(self.shared.handoff_timeout);
         tokio::pin!(patience);
@@ -103,21 +151,23 @@ impl Session {
                     let Ok(permit) = permit else { return Ok("cancelled") };
                     let Some(frame) = self.answer.next_frame() else { continue };
                     let outcome = outcome(&frame.body);
-                    permit.send(Ok(convert::frame(&self.job, frame)));
+                    permit.send(Ok(convert::frame(&self.job, &self.shared.kv, frame)));
                     if let Some(outcome) = outcome {
                         return Ok(outcome);
                     }
                 }
                 () = frames.closed() => return Ok("cancelled"),
-                () = draining.cancelled(), if on && self.job.movable => self.answer.move_on(),
+                () = draining.cancelled(), if on && self.job.movable => self.move_on().await,
                 event = happens(&mut self.generation), if on => {
                     let mut next = Some(event.ok_or_else(|| Error::internal("the engine has stopped"))?);
                     while let Some(event) = next {
                         self.take(event)?;
+                        if self.job.move_when_decided && self.decided() {
+                            // What the engine has written by now, the other base writes again.
+                            self.move_on().await;
+                            break;
+                        }
                         next = self.generation.as_mut().and_then(Generation::try_next);
-                    }
-                    if self.job.move_when_decided && self.decided() && !self.answer.is_over() {
-                        self.answer.move_on();
                     }
                 }
                 // A drafter that comes when the draft is complete is told to stop.
@@ -142,6 +192,7 @@ impl Session {
     }
 
     fn take(&mut self, event: Event) -> Result<(), Error> {
+        self.hold = None;
         match &event {
             Event::Failed { message } => return Err(Error::internal(message.clone())),
             Event::Read { decision: Some(decision), .. } => self.decide(*decision),
@@ -221,7 +272,7 @@ fn outcome(body: &Body) -> Option<&'static str> {
     match body {
         Body::Finished { reason: Finish::Stop, .. } => Some("stop"),
         Body::Finished { reason: Finish::Length, .. } => Some("length"),
-        Body::Moved { .. } => Some("moved"),
+        Body::Moved { .. } => Some(MOVED),
         Body::Tokens { .. } | Body::Decided(_) => None,
     }
 }

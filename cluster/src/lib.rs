@@ -23,7 +23,7 @@ use tokio::sync::watch;
 
 pub use etcd::Etcd;
 pub use memory::InMemory;
-pub use record::{NodeRecord, Tier, incarnation_now};
+pub use record::{BaseRole, NodeRecord, Tier, incarnation_now};
 pub use registration::Registration;
 pub use view::{Change, View, diff};
 

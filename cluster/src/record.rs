@@ -39,6 +39,49 @@ impl std::fmt::Display for Tier {
     }
 }
 
+/// What a base does of an answer.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum BaseRole {
+    /// All of it.
+    #[default]
+    Unified,
+    /// Reads prompts and drafts; another base writes on.
+    Score,
+    /// Writes on what another base has read.
+    Decode,
+}
+
+impl BaseRole {
+    /// `unified`, `score` or `decode`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Unified => "unified",
+            Self::Score => "score",
+            Self::Decode => "decode",
+        }
+    }
+}
+
+impl std::fmt::Display for BaseRole {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl std::str::FromStr for BaseRole {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        [Self::Unified, Self::Score, Self::Decode]
+            .into_iter()
+            .find(|role| role.as_str() == text)
+            .ok_or_else(|| format!("{text:?} is none of unified, score, decode"))
+    }
+}
+
 /// One node, as the others see it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeRecord {
@@ -66,6 +109,12 @@ pub struct NodeRecord {
     pub draining: bool,
     /// Grows with every start of the node, see [`incarnation_now`].
     pub incarnation: u64,
+    /// What a base does; `Unified` for a drafter.
+    #[serde(default)]
+    pub base_role: BaseRole,
+    /// Where its KV service listens, `host:port`, as others reach it; empty: it has none.
+    #[serde(default)]
+    pub kv_address: String,
 }
 
 /// The incarnation of a node that starts now: milliseconds since 1970.
@@ -82,6 +131,9 @@ impl NodeRecord {
     pub fn validate(&self) -> Result<(), ClusterError> {
         if !is_host_port(&self.address) {
             return Err(ClusterError::invalid("address", "host:port", &self.address));
+        }
+        if !self.kv_address.is_empty() && !is_host_port(&self.kv_address) {
+            return Err(ClusterError::invalid("kv_address", "host:port", &self.kv_address));
         }
         let texts = [
             ("model", &self.model),
@@ -154,6 +206,8 @@ pub(crate) mod tests {
             kv_tokens: 8192,
             draining: false,
             incarnation: 1,
+            base_role: BaseRole::Unified,
+            kv_address: String::new(),
         }
     }
 
@@ -167,14 +221,27 @@ pub(crate) mod tests {
         let older = text.replace("\"kv_tokens\":8192,", "");
         assert_ne!(older, text);
         assert_eq!(NodeRecord::from_json(older.as_bytes()).unwrap().kv_tokens, 0);
+        let older = text.replace(",\"base_role\":\"unified\",\"kv_address\":\"\"", "");
+        assert_ne!(older, text);
+        assert_eq!(NodeRecord::from_json(older.as_bytes()).unwrap(), record);
+    }
+
+    #[test]
+    fn roles_have_names() {
+        for role in [BaseRole::Unified, BaseRole::Score, BaseRole::Decode] {
+            assert_eq!(role.to_string().parse(), Ok(role));
+            assert_eq!(serde_json::to_value(role).unwrap(), role.as_str());
+        }
+        assert!("both".parse::<BaseRole>().is_err());
     }
 
     #[test]
     fn bad_fields_are_named() {
         type Spoil = fn(&mut NodeRecord);
-        let cases: [(&str, Spoil); 5] = [
+        let cases: [(&str, Spoil); 6] = [
             ("address", |r| r.address = "nowhere".into()),
             ("address", |r| r.address = "host/path:1".into()),
+            ("kv_address", |r| r.kv_address = "nowhere".into()),
             ("model", |r| r.model = String::new()),
             ("slots", |r| r.slots = 0),
             ("text_fingerprint", |r| r.text_fingerprint = "x".repeat(600)),

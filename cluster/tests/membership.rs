@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use headstart_cluster::testing::EtcdServer;
 use headstart_cluster::{
-    Change, ClusterError, Etcd, InMemory, Membership, NodeRecord, Tier, View, diff,
+    BaseRole, Change, ClusterError, Etcd, InMemory, Membership, NodeRecord, Tier, View, diff,
 };
 use tokio::sync::watch;
 
@@ -27,6 +27,8 @@ fn record(id: &str, incarnation: u64) -> NodeRecord {
         kv_tokens: 0,
         draining: false,
         incarnation,
+        base_role: BaseRole::Unified,
+        kv_address: String::new(),
     }
 }
 

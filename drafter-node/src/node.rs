@@ -1,6 +1,6 @@
 //! The drafter-node as a whole: from its configuration, or on an engine that already runs.
 
-use headstart_cluster::{Membership, Tier};
+use headstart_cluster::{BaseRole, Membership, Tier};
 use headstart_engine::EngineHandle;
 use headstart_node::{Host, HostOptions, Tiered};
 use headstart_proto::v1::drafter_server::DrafterServer;
@@ -44,10 +44,12 @@ pub async fn start(
 fn tiered() -> Tiered {
     Tiered {
         tier: Tier::Drafter,
-        services: |server: GrpcServer, host: &Host| {
+        base_role: BaseRole::Unified,
+        kv_address: String::new(),
+        services: Box::new(|server: GrpcServer, host: &Host| {
             let service = DrafterServer::new(DrafterService::new(host));
             server.add(service.max_decoding_message_size(MESSAGE_BYTES_MAX))
-        },
+        }),
         describe_metrics: metrics::describe,
         engine_metrics: metrics::engine,
     }

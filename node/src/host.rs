@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use headstart_cluster::{Membership, NodeRecord, Tier, incarnation_now};
+use headstart_cluster::{BaseRole, Membership, NodeRecord, Tier, incarnation_now};
 use headstart_engine::{EngineHandle, EngineStats};
 use headstart_proto::NodeId;
 use headstart_proto::v1::node_server::NodeServer;
@@ -60,13 +60,19 @@ pub struct Host {
     pub sessions: TaskTracker,
 }
 
+/// Adds a tier's services to a node's server.
+pub type AddServices = Box<dyn FnOnce(GrpcServer, &Host) -> GrpcServer + Send>;
+
 /// What sets a tier apart.
-#[derive(Clone, Copy)]
 pub struct Tiered {
     /// The tier.
     pub tier: Tier,
+    /// What a base does; `Unified` for a drafter.
+    pub base_role: BaseRole,
+    /// How others reach the node's KV service, `host:port`; empty: it has none.
+    pub kv_address: String,
     /// Adds the tier's services.
-    pub services: fn(GrpcServer, &Host) -> GrpcServer,
+    pub services: AddServices,
     /// Registers the descriptions of its metrics.
     pub describe_metrics: fn(),
     /// Sets its gauges, before a scrape.
@@ -87,7 +93,7 @@ pub async fn start(
     listener: impl Into<Listener>,
     shutdown: CancellationToken,
 ) -> Result<RunningNode, NodeError> {
-    let record = record(tiered.tier, &options, &engine, text);
+    let record = record(&tiered, &options, &engine, text);
     let host = Host {
         node_id: options.node_id,
         engine,
@@ -169,7 +175,7 @@ pub async fn run(
 }
 
 fn record(
-    tier: Tier,
+    tiered: &Tiered,
     options: &HostOptions,
     engine: &EngineHandle,
     text: &ModelText,
@@ -178,7 +184,7 @@ fn record(
     let context = limits.context_length.min(limits.pages * limits.page_size);
     NodeRecord {
         node_id: options.node_id.clone(),
-        tier,
+        tier: tiered.tier,
         address: options.address.clone(),
         model: options.model.clone(),
         tokenizer_fingerprint: text.tokenizer().fingerprint().to_string(),
@@ -188,5 +194,7 @@ fn record(
         kv_tokens: engine.stats().kv_tokens as u64,
         draining: false,
         incarnation: incarnation_now(),
+        base_role: tiered.base_role,
+        kv_address: tiered.kv_address.clone(),
     }
 }

@@ -7,5 +7,5 @@ pub mod convert;
 pub mod host;
 pub mod load;
 
-pub use host::{Host, HostOptions, Tiered, run, start};
+pub use host::{AddServices, Host, HostOptions, Tiered, run, start};
 pub use load::load;

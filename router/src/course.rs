@@ -3,6 +3,7 @@
 //! from what is known; afterwards only the base matters. See `docs/adr/0008-resume.md`.
 
 use headstart_cluster::{NodeRecord, Tier};
+use headstart_proto::v1::base_client::BaseClient;
 use headstart_proto::{Epoch, Error, ErrorCode, NodeId, RequestId, v1};
 use tokio::time::Instant;
 
@@ -12,7 +13,7 @@ use crate::generate::Plan;
 use crate::options::OnNoDrafter;
 use crate::progress::Progress;
 use crate::retry::{self, History, Situation, Verdict};
-use crate::route;
+use crate::route::{self, Candidate, Part};
 
 /// See the [module](self).
 pub(crate) struct Course<'a> {
@@ -24,6 +25,8 @@ pub(crate) struct Course<'a> {
     /// Of the latest `Serve`.
     serve_epoch: Epoch,
     base: NodeRecord,
+    /// The base that writes on what `base` reads; it follows already.
+    writer: Option<NodeRecord>,
     attempt: Option<Attempt>,
     progress: Progress,
     /// What failed since the answer last moved on, and which nodes it was.
@@ -47,6 +50,7 @@ impl<'a> Course<'a> {
             epoch: Epoch::FIRST,
             serve_epoch: Epoch::FIRST,
             base: plan.base.clone(),
+            writer: None,
             attempt: None,
             progress: Progress::default(),
             history: History::default(),
@@ -101,6 +105,13 @@ impl<'a> Course<'a> {
 
     /// The base gave the answer up in good order: that is no failure, but it goes on elsewhere.
     async fn moved(&mut self) -> Result<(), Error> {
+        if self.writer.is_some() {
+            // As planned.
+            self.attempt = None;
+            if self.reopen().is_ok() {
+                return Ok(());
+            }
+        }
         self.count(Tier::Base, "moved");
         let node_id = self.base.node_id.clone();
         let error = Error::new(ErrorCode::Draining, format!("base {node_id} gave the answer up"));
@@ -170,14 +181,27 @@ impl<'a> Course<'a> {
             (Tier::Drafter, Some((record, _))) => (&snapshot.drafters, record),
             (Tier::Drafter, None) => return false,
         };
-        route::successor(candidates, record, &self.avoid).is_some_and(|(_, elsewhere)| elsewhere)
+        let part = self.part(candidates);
+        let successor = route::successor(candidates, record, &self.avoid, part);
+        successor.is_some_and(|(_, elsewhere)| elsewhere)
     }
 
     /// Opens a base again, and a draft if it is still wanted.
     fn reopen(&mut self) -> Result<(), Error> {
         let view = self.plan.core.view();
         let snapshot = self.plan.core.nodes.snapshot(&view);
-        let base = route::successor(&snapshot.bases, &self.plan.base, &self.avoid);
+        let part = self.part(&snapshot.bases);
+        let follows = self.writer.take().filter(|writer| {
+            let live = route::is_live(&snapshot.bases, writer);
+            part == Part::Write && live && !self.avoid.contains(&writer.node_id)
+        });
+        if let Some(writer) = follows {
+            self.base = writer;
+            self.epoch = self.epoch.next();
+            self.serve_epoch = self.epoch;
+            return self.open(None);
+        }
+        let base = route::successor(&snapshot.bases, &self.plan.base, &self.avoid, part);
         let base = base.ok_or_else(|| no_node(ErrorCode::NoBase, &self.plan.base))?.0.clone();
         let drafter = match self.progress.settled() {
             Some(_) => None,
@@ -205,7 +229,7 @@ impl<'a> Course<'a> {
         let Some((record, _)) = &self.plan.drafter else { return Ok(None) };
         let view = self.plan.core.view();
         let snapshot = self.plan.core.nodes.snapshot(&view);
-        match route::successor(&snapshot.drafters, record, &self.avoid) {
+        match route::successor(&snapshot.drafters, record, &self.avoid, Part::Whole) {
             Some((drafter, _)) => Ok(Some(drafter.clone())),
             None => Err(no_node(ErrorCode::NoDrafter, record)),
         }
@@ -214,9 +238,46 @@ impl<'a> Course<'a> {
     /// Opens an attempt at `self.base`, with a draft by `drafter`.
     fn open(&mut self, drafter: Option<&NodeRecord>) -> Result<(), Error> {
         let draft = drafter.map(|drafter| self.draft_plan(drafter)).transpose()?;
+        self.writer = drafter.and_then(|_| self.prefetch());
         let serve = self.serve_plan()?;
         self.attempt = Some(Attempt::open(serve, draft, &self.progress));
         Ok(())
+    }
+
+    /// The part that a base is sought for now.
+    fn part(&self, bases: &[Candidate<'_>]) -> Part {
+        route::part(bases, &self.plan.base, self.progress.settled().is_some())
+    }
+
+    /// Lets the base that will write on follow the one that reads. It is only a hint: nobody waits
+    /// for what comes of it.
+    fn prefetch(&self) -> Option<NodeRecord> {
+        let core = &self.plan.core;
+        let view = core.view();
+        let bases = core.nodes.snapshot(&view).bases;
+        let writer = route::writer_for(&bases, &self.base, &self.avoid)?.clone();
+        if !self.base.kv_address.is_empty()
+            && let Ok(channel) = core.nodes.channel(&writer)
+        {
+            let request = v1::PrefetchRequest {
+                request_id: self.request_id.to_string(),
+                epoch: self.epoch.next().get(),
+                kv: Some(v1::KvSource {
+                    address: self.base.kv_address.clone(),
+                    request_id: self.request_id.to_string(),
+                    epoch: self.serve_epoch.get(),
+                }),
+            };
+            let patience = core.options.connect_timeout;
+            tokio::spawn(async move {
+                let mut client = BaseClient::new(channel);
+                let prefetch = tokio::time::timeout(patience, client.prefetch(request)).await;
+                if let Ok(Err(error)) = prefetch {
+                    tracing::debug!(%error, "a base was not told what to prefetch");
+                }
+            });
+        }
+        Some(writer)
     }
 
     fn serve_plan(&self) -> Result<ServePlan, Error> {
@@ -234,7 +295,7 @@ impl<'a> Course<'a> {
             top_logprobs: ask.top_logprobs,
             draft: drafter.as_ref().map(|(_, encoding)| self.policy(*encoding)),
             resume: self.progress.resume(),
-            move_when_decided: false,
+            move_when_decided: self.writer.is_some(),
             movable: route::has_successor(&bases, &self.base),
         };
         Ok(ServePlan {

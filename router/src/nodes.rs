@@ -267,6 +267,8 @@ mod tests {
             kv_tokens: 0,
             draining: false,
             incarnation: 1,
+            base_role: headstart_cluster::BaseRole::Unified,
+            kv_address: String::new(),
         }
     }
 

@@ -4,7 +4,7 @@
 use std::cmp::Reverse;
 use std::time::Duration;
 
-use headstart_cluster::NodeRecord;
+use headstart_cluster::{BaseRole, NodeRecord};
 use headstart_proto::{Error, ErrorCode, NodeId, v1};
 
 use crate::options::{Encoding, OnNoDrafter};
@@ -29,6 +29,29 @@ pub(crate) struct Snapshot<'a> {
     pub(crate) drafters: Vec<Candidate<'a>>,
 }
 
+/// The part of an answer's life that a node is sought for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// To read the prompt and the draft, for another base to write on.
+    Score,
+    /// To write on what was read.
+    Write,
+    /// All of it.
+    Whole,
+}
+
+impl Part {
+    /// Whether a node of this role is there for it. One that is not serves all the same where
+    /// nobody else is.
+    fn suits(self, role: BaseRole) -> bool {
+        match role {
+            BaseRole::Unified => true,
+            BaseRole::Score => self == Self::Score,
+            BaseRole::Decode => self == Self::Write,
+        }
+    }
+}
+
 /// How good a choice a node is: the least is the best. The order of the fields is the order of
 /// their importance; the id decides between equals, so that the order is total.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,17 +59,20 @@ struct Score {
     suspected: bool,
     /// Among suspected nodes, the one that had the longest time to come back.
     suspected_for: Reverse<Duration>,
+    /// It has another part of an answer's life as its own.
+    unsuited: bool,
     load_permille: u64,
     in_flight: u32,
     node_id: NodeId,
 }
 
 impl Candidate<'_> {
-    fn score(&self) -> Score {
+    fn score(&self, part: Part) -> Score {
         let slots = u64::from(self.record.slots.max(1));
         Score {
             suspected: self.suspected_for.is_some(),
             suspected_for: Reverse(self.suspected_for.unwrap_or_default()),
+            unsuited: !part.suits(self.record.base_role),
             load_permille: u64::from(self.in_flight) * 1000 / slots,
             in_flight: self.in_flight,
             node_id: self.record.node_id.clone(),
@@ -70,7 +96,7 @@ pub(crate) struct Wish<'a> {
 /// The choice.
 #[derive(Clone, Debug)]
 pub(crate) struct Route<'a> {
-    /// The base that answers.
+    /// The base that answers, or that reads for another one (see [`writer_for`]).
     pub(crate) base: &'a NodeRecord,
     /// The drafter that begins, and how its draft travels; `None`: the base answers alone.
     pub(crate) drafter: Option<(&'a NodeRecord, v1::DraftEncoding)>,
@@ -93,7 +119,15 @@ pub(crate) fn pick<'a>(snapshot: &Snapshot<'a>, wish: &Wish<'_>) -> Result<Route
         }
         (suffix, named) => suffix.or(named),
     };
-    let base = best(snapshot.bases.iter().filter(|base| base.record.model == model))
+    let writes = |base: &Candidate<'_>| {
+        let record = base.record;
+        record.model == model
+            && record.base_role == BaseRole::Decode
+            && !record.draining
+            && base.suspected_for.is_none()
+    };
+    let part = if snapshot.bases.iter().any(writes) { Part::Score } else { Part::Whole };
+    let base = best(snapshot.bases.iter().filter(|base| base.record.model == model), part)
         .ok_or_else(|| {
             let message = format!("no base is up for model {}", shown(model));
             Error::new(ErrorCode::NoBase, message)
@@ -132,7 +166,7 @@ fn pick_drafter<'a>(
         );
         return Err(Error::new(ErrorCode::NoDrafter, message));
     }
-    let chosen = best(named.into_iter().filter(fits));
+    let chosen = best(named.into_iter().filter(fits), Part::Whole);
     match (chosen, wanted, wish.on_no_drafter) {
         (Some(drafter), ..) => {
             let encoding = encoding(wish.encoding, drafter.record, base);
@@ -155,14 +189,56 @@ pub(crate) fn successor<'a>(
     candidates: &[Candidate<'a>],
     record: &NodeRecord,
     avoid: &[NodeId],
+    part: Part,
 ) -> Option<(&'a NodeRecord, bool)> {
     let same = candidates
         .iter()
         .filter(|node| is_like(node.record, record))
         .map(|node| (node, avoid.contains(&node.record.node_id)));
     let live = same.filter(|(node, _)| !node.record.draining);
-    let (chosen, avoided) = live.min_by_key(|(node, avoided)| (*avoided, node.score()))?;
+    let (chosen, avoided) = live.min_by_key(|(node, avoided)| (*avoided, node.score(part)))?;
     Some((chosen.record, !avoided))
+}
+
+/// The part that a base is sought for: the draft is decided, or a base may write on for it, or not.
+pub(crate) fn part(candidates: &[Candidate<'_>], record: &NodeRecord, decided: bool) -> Part {
+    match decided {
+        true => Part::Write,
+        false if writer_like(candidates, record, &[]).is_some() => Part::Score,
+        false => Part::Whole,
+    }
+}
+
+/// The base that writes on what `record`'s has read, if that one only reads and another one is up.
+pub(crate) fn writer_for<'a>(
+    candidates: &[Candidate<'a>],
+    record: &NodeRecord,
+    avoid: &[NodeId],
+) -> Option<&'a NodeRecord> {
+    (record.base_role == BaseRole::Score).then(|| writer_like(candidates, record, avoid)).flatten()
+}
+
+fn writer_like<'a>(
+    candidates: &[Candidate<'a>],
+    record: &NodeRecord,
+    avoid: &[NodeId],
+) -> Option<&'a NodeRecord> {
+    let writes = |node: &&Candidate<'a>| {
+        let other = node.record;
+        other.base_role == BaseRole::Decode
+            && node.suspected_for.is_none()
+            && is_like(other, record)
+            && !avoid.contains(&other.node_id)
+    };
+    best(candidates.iter().filter(writes), Part::Write).map(|node| node.record)
+}
+
+/// Whether `record`'s node is up and takes new work.
+pub(crate) fn is_live(candidates: &[Candidate<'_>], record: &NodeRecord) -> bool {
+    candidates.iter().any(|node| {
+        let same = node.record.node_id == record.node_id;
+        same && node.record.incarnation == record.incarnation && !node.record.draining
+    })
 }
 
 /// Whether a node other than `record`'s could go on with what that one does.
@@ -184,8 +260,9 @@ fn is_like(other: &NodeRecord, record: &NodeRecord) -> bool {
 /// The least-scored node that takes new work.
 fn best<'s, 'a: 's>(
     candidates: impl Iterator<Item = &'s Candidate<'a>>,
+    part: Part,
 ) -> Option<&'s Candidate<'a>> {
-    candidates.filter(|node| !node.record.draining).min_by_key(|node| node.score())
+    candidates.filter(|node| !node.record.draining).min_by_key(|node| node.score(part))
 }
 
 /// How a draft travels between the two, or `None` when `setting` forbids the pair.

@@ -17,6 +17,8 @@ fn node(words: &[&str]) -> Node {
         kv_tokens: 0,
         draining: words.contains(&"draining"),
         incarnation: 1,
+        base_role: words.iter().find_map(|word| word.parse().ok()).unwrap_or_default(),
+        kv_address: String::new(),
     };
     let suspected_for = words
         .iter()
@@ -57,8 +59,10 @@ fn outcome(nodes: &[Node], question: &str) -> String {
         Err(error) => format!("error {}", error.code),
         Ok(Route { base, drafter: None }) => format!("{} - -", base.node_id),
         Ok(Route { base, drafter: Some((drafter, encoding)) }) => {
+            let writer = writer_for(&snapshot(nodes).bases, base, &[]);
             let encoding = if encoding == v1::DraftEncoding::Ids { "ids" } else { "text" };
-            format!("{} {} {encoding}", base.node_id, drafter.node_id)
+            let writer = writer.map_or(String::new(), |writer| format!(">{}", writer.node_id));
+            format!("{}{writer} {} {encoding}", base.node_id, drafter.node_id)
         }
     }
 }

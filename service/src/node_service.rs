@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
-use headstart_cluster::{NodeRecord, Tier};
+use headstart_cluster::{BaseRole, NodeRecord, Tier};
 use headstart_proto::v1::{self, NodeRole, node_server::Node};
 use headstart_proto::{Error, ErrorCode};
 use headstart_text::ModelText;
@@ -49,6 +49,12 @@ impl NodeService {
             Tier::Drafter => NodeRole::Drafter,
             Tier::Base => NodeRole::Base,
         };
+        let base_role = match (record.tier, record.base_role) {
+            (Tier::Drafter, _) => v1::BaseRole::Unspecified,
+            (Tier::Base, BaseRole::Unified) => v1::BaseRole::Unified,
+            (Tier::Base, BaseRole::Score) => v1::BaseRole::Score,
+            (Tier::Base, BaseRole::Decode) => v1::BaseRole::Decode,
+        };
         let fixed = v1::InfoResponse {
             node_id: record.node_id.to_string(),
             role: role.into(),
@@ -61,6 +67,8 @@ impl NodeService {
             slots: record.slots,
             dtype: dtype.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            base_role: base_role.into(),
+            kv_address: record.kv_address.clone(),
             ..v1::InfoResponse::default()
         };
         Self { fixed, status: Arc::new(status), bundle: text.to_bundle().into(), shutdown }

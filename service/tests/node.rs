@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use headstart_cluster::{InMemory, Membership, NodeRecord, Tier, View, incarnation_now};
+use headstart_cluster::{BaseRole, InMemory, Membership, NodeRecord, Tier, View, incarnation_now};
 use headstart_proto::v1::node_client::NodeClient;
 use headstart_proto::v1::node_server::{Node, NodeServer};
 use headstart_proto::v1::{
@@ -56,6 +56,8 @@ fn record(address: SocketAddr, text: &ModelText) -> NodeRecord {
         kv_tokens: 0,
         draining: false,
         incarnation: incarnation_now(),
+        base_role: BaseRole::Unified,
+        kv_address: String::new(),
     }
 }
 

@@ -4,6 +4,7 @@ mod child;
 mod client;
 pub mod engine;
 pub mod fidelity;
+pub mod handoff;
 mod machine;
 pub mod router;
 pub mod serve;
@@ -17,6 +18,7 @@ use crate::bench::engine::EngineArgs;
 use crate::bench::fidelity::FidelityArgs;
 use crate::bench::router::RouterArgs;
 use crate::bench::serve::ServeArgs;
+use crate::bench::handoff::HandoffArgs;
 use crate::failure::Failure;
 
 /// Measure how fast it is on this machine.
@@ -39,6 +41,7 @@ enum BenchCommand {
     Fidelity(FidelityArgs),
     Serve(Box<ServeArgs>),
     Router(RouterArgs),
+    Handoff(HandoffArgs),
 }
 
 /// Runs the command.
@@ -51,5 +54,6 @@ pub async fn run(args: BenchArgs) -> Result<(), Failure> {
         BenchCommand::Fidelity(args) => fidelity::run(args).await,
         BenchCommand::Serve(args) => serve::run(*args).await,
         BenchCommand::Router(args) => router::run(args).await,
+        BenchCommand::Handoff(args) => handoff::run(args).await,
     }
 }

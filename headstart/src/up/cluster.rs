@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::select_all;
-use headstart_base_node::BaseOptions;
+use headstart_base_node::{BaseOptions, KvOptions};
 use headstart_cluster::{Etcd, InMemory, Membership, Tier};
 use headstart_drafter_node::DrafterOptions;
 use headstart_engine::executor::cpu::{self, CpuOptions};
@@ -288,9 +288,14 @@ impl Starter<'_> {
             dialer: Dialer::default(),
         };
         let (text, shutdown) = (&loaded.text, self.shutdown.clone());
-        headstart_base_node::start(options, engine, text, self.membership, listener, shutdown)
-            .await
-            .map_err(failed)
+        let (kv_listener, kv_address) = loopback().await?;
+        let kv =
+            KvOptions { listener: Some(kv_listener), address: kv_address, ..KvOptions::default() };
+        let membership = self.membership;
+        let start = headstart_base_node::start_with(
+            kv, options, engine, text, membership, listener, shutdown,
+        );
+        start.await.map_err(failed)
     }
 }
 

@@ -17,6 +17,8 @@ fn record(tier: Tier, id: &str, model: &str, slots: u32, kv_tokens: u64) -> Node
         kv_tokens,
         draining: false,
         incarnation: 1,
+        base_role: headstart_cluster::BaseRole::Unified,
+        kv_address: String::new(),
     }
 }
 

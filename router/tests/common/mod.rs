@@ -11,7 +11,9 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use headstart_cluster::testing::Proxy;
-use headstart_cluster::{InMemory, LEASE_TTL, Membership, NodeRecord, Registration, Tier};
+use headstart_cluster::{
+    BaseRole, InMemory, LEASE_TTL, Membership, NodeRecord, Registration, Tier,
+};
 use headstart_proto::v1::base_server::{Base, BaseServer};
 use headstart_proto::v1::drafter_server::{Drafter, DrafterServer};
 use headstart_proto::v1::node_server::NodeServer;
@@ -419,6 +421,8 @@ fn record(tier: Tier, address: &str, text: &ModelText) -> NodeRecord {
         kv_tokens: 0,
         draining: false,
         incarnation: 1,
+        base_role: BaseRole::Unified,
+        kv_address: String::new(),
     }
 }
 
