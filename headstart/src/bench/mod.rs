@@ -16,9 +16,9 @@ use clap::{Args, Subcommand};
 
 use crate::bench::engine::EngineArgs;
 use crate::bench::fidelity::FidelityArgs;
+use crate::bench::handoff::HandoffArgs;
 use crate::bench::router::RouterArgs;
 use crate::bench::serve::ServeArgs;
-use crate::bench::handoff::HandoffArgs;
 use crate::failure::Failure;
 
 /// Measure how fast it is on this machine.

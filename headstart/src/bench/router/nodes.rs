@@ -4,7 +4,9 @@
 use std::sync::Arc;
 
 use futures::stream::{self, BoxStream, StreamExt};
-use headstart_cluster::{InMemory, LEASE_TTL, Membership, NodeRecord, Registration, Tier};
+use headstart_cluster::{
+    BaseRole, InMemory, LEASE_TTL, Membership, NodeRecord, Registration, Tier,
+};
 use headstart_proto::v1::base_server::{Base, BaseServer};
 use headstart_proto::v1::drafter_server::{Drafter, DrafterServer};
 use headstart_proto::v1::node_server::NodeServer;
@@ -99,6 +101,8 @@ fn record(tier: Tier, address: &str, text: &ModelText) -> Result<NodeRecord, Fai
         kv_tokens: KV_TOKENS,
         draining: false,
         incarnation: 1,
+        base_role: BaseRole::default(),
+        kv_address: String::new(),
     })
 }
 
