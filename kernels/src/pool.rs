@@ -3,6 +3,10 @@
 //! Workers spin for a moment after a job, then yield, then park, so the next matrix product of the
 //! same step finds them awake while an idle pool costs nothing. A worker that is late (two pools may
 //! share two cores) is never waited for: it can join a job only while tasks are left.
+//!
+//! Each thread takes the tasks of its own part of a job in ascending order, so that neighbouring
+//! pieces of a matrix are one stream to the memory, then those that are left of the others' parts,
+//! last ones first.
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
@@ -26,11 +30,42 @@ type Body = *const (dyn Fn(usize) + Sync);
 
 struct Shared {
     state: AtomicU64,
-    next: AtomicUsize,
-    job: UnsafeCell<(Body, usize)>,
+    /// The tasks left of each thread's part.
+    parts: Box<[Part]>,
+    job: UnsafeCell<Body>,
     stop: AtomicBool,
     sleeping: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+/// Tasks `first..end` as `end << 32 | first`, on a cache line of their own.
+#[repr(align(128))]
+struct Part(AtomicU64);
+
+impl Part {
+    fn set(&self, first: usize, end: usize) {
+        self.0.store((end as u64) << 32 | first as u64, Ordering::Relaxed);
+    }
+
+    /// Takes one task: the first for the owner, the last for anybody else.
+    fn take(&self, own: bool) -> Option<usize> {
+        let mut part = self.0.load(Ordering::Relaxed);
+        loop {
+            let (first, end) = (part & u64::from(u32::MAX), part >> 32);
+            if first >= end {
+                return None;
+            }
+            let (task, left) = match own {
+                true => (first, part + 1),
+                false => (end - 1, part - (1 << 32)),
+            };
+            let order = Ordering::Relaxed;
+            match self.0.compare_exchange_weak(part, left, order, order) {
+                Ok(_) => return Some(task as usize),
+                Err(now) => part = now,
+            }
+        }
+    }
 }
 
 // SAFETY: `job` is written only by the thread that holds `ThreadPool::caller`, while the job is
@@ -58,10 +93,11 @@ impl ThreadPool {
     /// A pool of `threads` threads (at least one: the caller itself).
     pub fn new(threads: usize) -> Self {
         let nothing: &'static (dyn Fn(usize) + Sync) = &|_| {};
+        let threads = threads.clamp(1, INSIDE as usize / 2);
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
-            job: UnsafeCell::new((nothing, 0)),
+            parts: (0..threads).map(|_| Part(AtomicU64::new(0))).collect(),
+            job: UnsafeCell::new(nothing),
             stop: AtomicBool::new(false),
             sleeping: AtomicUsize::new(0),
             panic: Mutex::new(None),
@@ -69,11 +105,10 @@ impl ThreadPool {
         let spawn = |i: usize| {
             let shared = Arc::clone(&shared);
             let builder = thread::Builder::new().name(format!("kernel-{i}"));
-            builder.spawn(move || shared.work()).ok()
+            builder.spawn(move || shared.work(i)).ok()
         };
         // A thread that the system refuses is a slower pool, not an error.
-        let workers: Vec<_> =
-            (1..threads.clamp(1, INSIDE as usize / 2)).filter_map(spawn).collect();
+        let workers: Vec<_> = (1..threads).filter_map(spawn).collect();
         let handles = workers.iter().map(|w| w.thread().clone()).collect();
         ThreadPool { shared, workers, handles, caller: Mutex::new(()) }
     }
@@ -86,26 +121,33 @@ impl ThreadPool {
     /// Calls `f(0)` … `f(tasks - 1)`, each once, spread over the threads, and returns when all are
     /// done. A call from inside a task runs on the calling thread alone. A panic in a task is
     /// raised again here once every thread has left the job.
+    ///
+    /// # Panics
+    /// If there are 2³² tasks or more.
     pub fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
         if tasks <= 1 || self.workers.is_empty() || IN_POOL.get() {
             (0..tasks).for_each(f);
             return;
         }
+        assert!(u32::try_from(tasks).is_ok(), "run: {tasks} tasks");
         let _caller = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes; `run` does not return (nor unwind) before `close` has
         // seen every helper leave, and no helper can join afterwards.
         let body: Body = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), Body>(f) };
         // SAFETY: the previous job is closed and empty and we hold `caller`: nobody reads `job`.
-        unsafe { *shared.job.get() = (body, tasks) };
-        shared.next.store(0, Ordering::Relaxed);
+        unsafe { *shared.job.get() = body };
+        let parts = shared.parts.len();
+        for (i, part) in shared.parts.iter().enumerate() {
+            part.set(i * tasks / parts, (i + 1) * tasks / parts);
+        }
         let job = shared.state.load(Ordering::Relaxed) & !(JOB - 1);
         shared.state.store(job.wrapping_add(JOB) | OPEN, Ordering::SeqCst);
         if shared.sleeping.load(Ordering::SeqCst) > 0 {
             self.handles.iter().for_each(Thread::unpark);
         }
         IN_POOL.set(true);
-        let own = catch_unwind(AssertUnwindSafe(|| shared.take_tasks(f, tasks)));
+        let own = catch_unwind(AssertUnwindSafe(|| shared.take_tasks(f, 0)));
         IN_POOL.set(false);
         shared.close();
         if let Err(panic) = own {
@@ -156,20 +198,22 @@ impl Drop for ThreadPool {
 }
 
 impl Shared {
-    fn take_tasks(&self, f: &(dyn Fn(usize) + Sync), tasks: usize) {
-        loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= tasks {
-                return;
+    fn take_tasks(&self, f: &(dyn Fn(usize) + Sync), own: usize) {
+        let all = self.parts.len();
+        while let Some(task) = self.parts[own].take(true) {
+            f(task);
+        }
+        for other in (own + 1..all).chain(0..own) {
+            while let Some(task) = self.parts[other].take(false) {
+                f(task);
             }
-            f(i);
         }
     }
 
     /// Ends the job for newcomers and waits for the helpers inside.
     fn close(&self) {
         // A panicked caller leaves tasks over; nobody shall start them.
-        self.next.fetch_or(usize::MAX >> 1, Ordering::Relaxed);
+        self.parts.iter().for_each(|part| part.set(0, 0));
         let mut state = self.state.fetch_and(!OPEN, Ordering::SeqCst);
         let mut round = 0u32;
         while state & INSIDE != 0 {
@@ -183,17 +227,17 @@ impl Shared {
         }
     }
 
-    fn work(&self) {
+    fn work(&self, own: usize) {
         IN_POOL.set(true);
         let mut seen = 0;
         while let Some(job) = self.wait(seen) {
             seen = job;
             // SAFETY: we joined an open job: `job` was written before it opened and stays until we
             // leave.
-            let (body, tasks) = unsafe { *self.job.get() };
+            let body = unsafe { *self.job.get() };
             // SAFETY: the caller keeps the closure alive until the last helper has left.
             let f = unsafe { &*body };
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take_tasks(f, tasks))) {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take_tasks(f, own))) {
                 *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
             }
             self.state.fetch_sub(1, Ordering::Release);

@@ -1,8 +1,9 @@
 //! Activations prepared for integer products.
 //!
-//! Each block of 256 inputs is rounded to 15 bits, `x ≈ d · (128·hi + lo)` with `d = max|x| / 16256`,
-//! `hi` in -127..=127 and `lo` in -64..=63: two signed bytes. Against the 8 bits a block of 32 that
-//! are usual, the rounding error is about a hundredth. Integer sums over both levels are exact.
+//! Each block of 256 inputs is rounded to 12 bits, `x ≈ d · (16·hi + lo)` with `d = max|x| / 2032`,
+//! `hi` in -127..=127 and `lo` in -8..=7: two signed bytes. Against the 8 bits a block of 32 that are
+//! usual, the rounding error is a tenth or less. Integer sums over both levels are exact. The factor
+//! of 16 is what lets one tile product take both levels of a four-bit weight, see [`super::amx`].
 
 use super::buffer::Buffer;
 use crate::ThreadPool;
@@ -13,8 +14,11 @@ use crate::pool::SendPtr;
 
 /// Rows that are stored together: the rows of an AMX tile.
 pub(super) const TILE: usize = 16;
-/// The largest magnitude of a rounded input: 127 · 128.
-const LIMIT: f32 = 16_256.0;
+/// `hi` counts this many.
+pub(super) const HIGH: i32 = 1 << HIGH_SHIFT;
+pub(super) const HIGH_SHIFT: u32 = 4;
+/// The largest magnitude of a rounded input: 127 · 16.
+const LIMIT: f32 = 127.0 * HIGH as f32;
 /// A block below this is zero; its reciprocal would overflow.
 const TINY: f32 = 1e-34;
 
@@ -28,9 +32,9 @@ pub(super) struct Activations {
     pub(super) sums16: Vec<i32>,
     /// Sum of the rounded inputs of each 32: `[row][cols / 32]`.
     pub(super) sums32: Vec<i32>,
-    /// The same as floats (exact).
+    /// The same as floats (exact): `[tile of 16 rows][group of 32][row]`, see [`Self::sum_at`].
     pub(super) sums: Vec<f32>,
-    /// What a rounded input stands for: `[row][blocks of 256]`.
+    /// What a rounded input stands for: `[row][blocks of 256]`, rows up to a whole tile.
     pub(super) scale: Vec<f32>,
 }
 
@@ -57,14 +61,15 @@ impl Activations {
         self.levels.reserve(m * cols * 2 + TILE * 64);
         self.sums16.resize(m * groups * 2, 0);
         self.sums32.resize(m * groups, 0);
-        self.sums.resize(m * groups, 0.0);
-        self.scale.resize(m * blocks, 0.0);
+        let whole = m.next_multiple_of(TILE);
+        self.sums.resize(whole * groups, 0.0);
+        self.scale.resize(whole * blocks, 0.0);
         let rows = (16 * 1024 / cols.max(1)).max(1);
         let sums16 = SendPtr(self.sums16.as_mut_ptr());
         let sums32 = SendPtr(self.sums32.as_mut_ptr());
         let sums = SendPtr(self.sums.as_mut_ptr());
         let levels = SendPtr(self.levels.as_mut_ptr());
-        pool.run_chunks(&mut self.scale, rows * blocks.max(1), &|i, scale| {
+        pool.run_chunks(&mut self.scale[..m * blocks], rows * blocks.max(1), &|i, scale| {
             for (j, scale) in scale.chunks_exact_mut(blocks).enumerate() {
                 let row = i * rows + j;
                 let (tile, lane) = (row / TILE, row % TILE);
@@ -79,7 +84,7 @@ impl Activations {
                             groups * 2,
                         ),
                         sums32: std::slice::from_raw_parts_mut(sums32.at(row * groups), groups),
-                        sums: std::slice::from_raw_parts_mut(sums.at(row * groups), groups),
+                        sums: SendPtr(sums.at(tile * groups * TILE + lane)),
                         levels: SendPtr(levels.at((tile * TILE * groups + lane) * 64)),
                         stride: stride * 64,
                     }
@@ -87,6 +92,12 @@ impl Activations {
                 round_row(&x[row * cols..][..cols], &mut out);
             }
         });
+    }
+
+    /// Where the float sum of a row's group of 32 is. Those of the next group follow [`TILE`] on, those
+    /// of the next row of the tile one on.
+    pub(super) fn sum_at(&self, row: usize, group: usize) -> usize {
+        (row / TILE * (self.cols / 32) + group) * TILE + row % TILE
     }
 
     /// Where the levels of tile `tile` begin, and the bytes between its groups. The rows of a group
@@ -110,7 +121,8 @@ struct Row<'a> {
     scale: &'a mut [f32],
     sums16: &'a mut [i32],
     sums32: &'a mut [i32],
-    sums: &'a mut [f32],
+    /// [`TILE`] from group to group.
+    sums: SendPtr<f32>,
     levels: SendPtr<u8>,
     /// Bytes between the groups of `levels`.
     stride: usize,
@@ -157,9 +169,9 @@ fn round_body<const FMA: bool>(x: &[f32], out: &mut Row<'_>) {
             }
             let mut levels = [0u8; 64];
             for i in 0..32 {
-                let high = (q[i] + 64) >> 7;
+                let high = (q[i] + HIGH / 2) >> HIGH_SHIFT;
                 levels[i] = high as u8;
-                levels[32 + i] = (q[i] - (high << 7)) as u8;
+                levels[32 + i] = (q[i] - (high << HIGH_SHIFT)) as u8;
             }
             // SAFETY: the group is inside the row's levels, which only this call writes.
             unsafe { out.levels.at(at * out.stride).cast::<[u8; 64]>().write(levels) };
@@ -167,7 +179,8 @@ fn round_body<const FMA: bool>(x: &[f32], out: &mut Row<'_>) {
             let high: i32 = q[16..].iter().sum();
             (out.sums16[2 * at], out.sums16[2 * at + 1]) = (low, high);
             out.sums32[at] = low + high;
-            out.sums[at] = (low + high) as f32;
+            // SAFETY: the group's sum, which only this call writes.
+            unsafe { *out.sums.at(at * TILE) = (low + high) as f32 };
         }
     }
 }
@@ -175,7 +188,7 @@ dispatch! { fn round_plain(x: &[f32], out: &mut Row<'_>) => round_body }
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{LIMIT, Row, TINY};
+    use super::{HIGH, HIGH_SHIFT, LIMIT, Row, TILE, TINY};
     use std::arch::x86_64::*;
 
     /// The same as [`super::round_body`], bit for bit.
@@ -211,9 +224,9 @@ mod avx512 {
                     unsafe {
                         let v = _mm512_maskz_loadu_ps(keep, h.as_ptr());
                         let q = _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse));
-                        let up = _mm512_add_epi32(q, _mm512_set1_epi32(64));
-                        let high = _mm512_srai_epi32::<7>(up);
-                        let low = _mm512_sub_epi32(q, _mm512_slli_epi32::<7>(high));
+                        let up = _mm512_add_epi32(q, _mm512_set1_epi32(HIGH / 2));
+                        let high = _mm512_srai_epi32::<HIGH_SHIFT>(up);
+                        let low = _mm512_sub_epi32(q, _mm512_slli_epi32::<HIGH_SHIFT>(high));
                         let to = out.levels.at(at * out.stride + i * 16);
                         _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(high));
                         _mm_storeu_si128(to.add(32).cast(), _mm512_cvtepi32_epi8(low));
@@ -222,7 +235,8 @@ mod avx512 {
                 }
                 (out.sums16[2 * at], out.sums16[2 * at + 1]) = (sum[0], sum[1]);
                 out.sums32[at] = sum[0] + sum[1];
-                out.sums[at] = (sum[0] + sum[1]) as f32;
+                // SAFETY: the group's sum, which only this call writes.
+                unsafe { *out.sums.at(at * TILE) = (sum[0] + sum[1]) as f32 };
             }
         }
     }
@@ -241,13 +255,13 @@ mod tests {
             let mut bytes = [vec![0u8; 1152], vec![0u8; 1152]];
             let mut facts = Vec::new();
             for (plain, bytes) in bytes.iter_mut().enumerate() {
-                let (mut scale, mut sums) = (vec![0.0; 3], vec![0.0; 18]);
+                let (mut scale, mut sums) = (vec![0.0; 3], vec![0.0; 18 * TILE]);
                 let (mut sums16, mut sums32) = (vec![0; 36], vec![0; 18]);
                 let mut row = Row {
                     scale: &mut scale,
                     sums16: &mut sums16,
                     sums32: &mut sums32,
-                    sums: &mut sums,
+                    sums: SendPtr(sums.as_mut_ptr()),
                     levels: SendPtr(bytes.as_mut_ptr()),
                     stride: 64,
                 };
@@ -265,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn rounds_to_fifteen_bits() {
+    fn rounds_to_twelve_bits() {
         let mut rng = Rng::new(21);
         let pool = ThreadPool::new(2);
         let mut a = Activations::default();
@@ -280,8 +294,8 @@ mod tests {
                     let mut sum = [0; 2];
                     for i in 0..32 {
                         let (hi, lo) = (levels[i] as i8, levels[32 + i] as i8);
-                        assert!(hi > -128 && (-64..64).contains(&lo));
-                        let q = i32::from(hi) * 128 + i32::from(lo);
+                        assert!(hi > -128 && (-8..8).contains(&lo));
+                        let q = i32::from(hi) * HIGH + i32::from(lo);
                         sum[i / 16] += q;
                         let v = x[row * cols + g * 32 + i];
                         assert!((q as f32 * scale - v).abs() <= scale * 0.502, "{v} {q} {scale}");
@@ -289,7 +303,7 @@ mod tests {
                     let at = row * (cols / 32) + g;
                     assert_eq!(sum, [a.sums16[2 * at], a.sums16[2 * at + 1]]);
                     assert_eq!(a.sums32[at], sum[0] + sum[1]);
-                    assert_eq!(a.sums[at], (sum[0] + sum[1]) as f32);
+                    assert_eq!(a.sums[a.sum_at(row, g)], (sum[0] + sum[1]) as f32);
                 }
             }
         }

@@ -1,24 +1,37 @@
 //! Integer products with AMX tiles, for many rows at once.
 //!
-//! A panel is expanded to signed bytes once; then 16 rows at a time meet it group by group. The tile
-//! unit gives the exact sums of both activation levels, AVX-512 scales and adds them in the order of
+//! A block of a panel is expanded to signed bytes once; then 16 rows at a time meet it group by
+//! group. The tile unit gives exact sums, AVX-512 scales and adds them in the order of
 //! [`super::int`].
+//!
+//! A group is 32 inputs of two levels, a tile row 64 bytes. Of a four-bit weight `q` both `q` and
+//! `16 q` are bytes, so `16 Σ q·hi + Σ q·lo` is one product of `[hi | lo]` with `[16 q | q]`. Other
+//! types take one product a level.
+//!
+//! The tile unit, its loads, its stores and the vector unit all have about the same to do, so
+//! products are issued some groups before their sums are used, with four tiles of sums in turn.
 
-use super::activations::{Activations, TILE};
+use super::activations::{Activations, HIGH_SHIFT, TILE};
 use super::buffer::Buffer;
 use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales};
 use super::packed::{Geometry, Kind, QuantTiles};
-use super::{Out, PANEL};
+use super::{Out, PANEL, amx_whole as whole};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// Groups in flight: the sums of one are used while the tile unit is at the next.
-const AHEAD: usize = 2;
-/// Panels that are expanded together and meet the rows one after the other.
-const PANELS: usize = 4;
+/// Panels that are expanded together and meet the rows one after the other; fewer for a single tile
+/// of rows, so that what was expanded is still in the nearest cache.
+const PANELS: usize = 8;
+const PANELS_ONE_TILE: usize = 2;
+/// Products between the start of one and the use of its sums: so long the tile unit takes, and its
+/// stores to reach the cache.
+const LAG: usize = 6;
+/// Tiles of sums that are kept.
+const RING: usize = 8;
+/// Bytes of a block of a panel, expanded, at most.
+const BLOCK: usize = 8 * 1024;
 
 /// `ldtilecfg`'s operand.
 #[repr(C, align(64))]
@@ -59,21 +72,36 @@ impl TileConfig {
     }
 }
 
-/// What one thread needs for [`PANELS`] panels.
-#[derive(Default)]
+/// What one thread needs.
 struct Scratch {
-    /// The expanded panels, `[panel][group][vector]`.
+    /// Expanded blocks, [`BLOCK`] bytes a panel.
     bytes: Buffer,
-    /// `[panel][block]`
+    /// Scales of these blocks.
     scales: Vec<Scales>,
     /// Sums over the blocks so far, `[tile][panel]`.
     totals: Vec<Total>,
+    ring: Box<Ring>,
 }
 
 /// The sums of 16 rows and 16 columns.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Total([[f32; PANEL]; TILE]);
+
+/// Integer sums, as the tile unit stores them.
+#[repr(C, align(64))]
+struct Ring([[[i32; PANEL]; TILE]; RING]);
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Scratch {
+            bytes: Buffer::new(PANELS * BLOCK),
+            scales: Vec::new(),
+            totals: Vec::new(),
+            ring: Box::new(Ring([[[0; PANEL]; TILE]; RING])),
+        }
+    }
+}
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -105,6 +133,16 @@ pub(super) unsafe fn multiply(
     }
 }
 
+/// Rows of a B tile and vectors of an expanded group.
+const fn depth<F: Format>() -> usize {
+    if F::NIBBLES { 16 } else { F::VECTORS }
+}
+
+/// Products of a group.
+const fn products<F: Format>() -> usize {
+    if F::NIBBLES { 1 } else { 2 }
+}
+
 /// # Safety
 /// As [`multiply`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -115,38 +153,26 @@ unsafe fn all<F: Format>(
     rows: Range<usize>,
     out: Out,
 ) {
-    let g = w.geometry;
-    // A group's inputs are the bytes of a row of A and the rows of B, four each. A last tile with
-    // fewer rows is read as if it had all; what it yields for the others is dropped.
-    let (k, tile_rows) = (F::VECTORS * 4, rows.len().min(TILE));
-    let (c, a, b) = ((tile_rows, 64), (tile_rows, k), (F::VECTORS, 64));
-    let config = TileConfig::new([c, c, a, a, b, (0, 0), (0, 0), (0, 0)]);
+    let (tile_rows, tiles) = (rows.len().min(TILE), rows.len().div_ceil(TILE));
+    // A last tile with fewer rows is read as if it had all; what it yields for the others is
+    // dropped.
+    let a = (tile_rows, depth::<F>() * 4);
+    let (b, c) = ((depth::<F>(), 64), (tile_rows, 64));
+    let config = TileConfig::new([c, c, c, c, a, a, b, b]);
     // SAFETY: the caller's promise.
     unsafe { config.load() };
+    let step = if tiles == 1 { PANELS_ONE_TILE } else { PANELS };
     SCRATCH.with_borrow_mut(|scratch| {
-        let zero = _mm512_setzero_ps();
-        let panel_bytes = g.cols * PANEL;
-        scratch.bytes.reserve(PANELS * panel_bytes);
-        let empty = Scales { s: [zero; 16], m: [zero; 8], d: zero, dmin: zero };
-        scratch.scales.resize(PANELS * g.blocks, empty);
-        for first in panels.clone().step_by(PANELS) {
-            let batch = first..(first + PANELS).min(panels.end);
-            for (i, panel) in batch.clone().enumerate() {
-                let scales = &mut scratch.scales[i * g.blocks..][..g.blocks];
-                // SAFETY: the panel exists; the buffers have room for it.
-                unsafe {
-                    let to = scratch.bytes.as_mut_ptr().add(i * panel_bytes);
-                    expand::<F>(w.panel(panel).as_ptr(), &g, to, scales);
-                }
-            }
-            let tiles = rows.len().div_ceil(TILE);
+        for first in panels.clone().step_by(step) {
+            let batch = first..(first + step).min(panels.end);
             scratch.totals.clear();
-            scratch.totals.resize(tiles * PANELS, Total([[0.0; PANEL]; TILE]));
+            scratch.totals.resize(tiles * batch.len(), Total([[0.0; PANEL]; TILE]));
             // SAFETY: the tiles are configured; the caller's promises.
             unsafe {
                 match tile_rows {
-                    1..=8 => blocks::<F, 8>(&g, x, scratch, batch.len(), &rows),
-                    _ => blocks::<F, 16>(&g, x, scratch, batch.len(), &rows),
+                    1..=4 => blocks::<F, 4>(w, x, scratch, &batch, &rows),
+                    5..=8 => blocks::<F, 8>(w, x, scratch, &batch, &rows),
+                    _ => blocks::<F, 16>(w, x, scratch, &batch, &rows),
                 }
                 store(w, scratch, batch, &rows, out);
             }
@@ -154,134 +180,290 @@ unsafe fn all<F: Format>(
     });
 }
 
-/// Expands a panel to signed bytes (`[group][vector]`) and scales.
+/// Expands a block of a panel to bytes (`[group][vector]`), and fetches what is used next.
 ///
 /// # Safety
-/// `weights` is a panel of the geometry, `bytes` has room for `16 * cols`, `scales` for each block.
+/// `weights` is a panel of the geometry with that block, `to` has room for [`BLOCK`] bytes; AVX-512.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn expand<F: Format>(
     weights: *const u8,
     g: &Geometry,
-    bytes: *mut u8,
-    scales: &mut [Scales],
+    block: usize,
+    next: *const u8,
+    to: *mut u8,
 ) {
-    let offset = _mm512_set1_epi8(F::SHIFT.map_or(0, |s| (1u8 << s) as i8));
-    let mut to = bytes;
-    for (block, scales) in scales.iter_mut().enumerate() {
-        // SAFETY: block and groups exist.
+    let offset = |shift: u32| _mm512_set1_epi8(F::SHIFT.map_or(0, |s| (1u32 << (s + shift)) as i8));
+    let lines = F::BYTES / 64 + 1;
+    for j in 0..g.groups(block) {
+        // SAFETY: the group exists; prefetching is harmless anywhere.
         unsafe {
-            F::scales(weights, g, block, scales);
-            for j in 0..g.groups(block) {
-                let q = F::quants(weights, g, block, j);
-                for q in q.iter().take(F::VECTORS) {
-                    _mm512_storeu_si512(to.cast(), _mm512_sub_epi8(*q, offset));
-                    to = to.add(64);
+            for i in 0..lines {
+                let line = next.wrapping_add((j * lines + i) * 64);
+                _mm_prefetch::<_MM_HINT_T0>(line.cast());
+            }
+            let q = F::quants(weights.add(g.quants_at(block) + j * F::BYTES));
+            let to = to.add(j * depth::<F>() * 64);
+            for (i, q) in q.iter().enumerate().take(F::VECTORS) {
+                let weight = _mm512_sub_epi8(*q, offset(0));
+                if F::NIBBLES {
+                    // A stored value is below 16, so nothing crosses a byte.
+                    let high = _mm512_sub_epi8(_mm512_slli_epi16::<4>(*q), offset(4));
+                    _mm512_store_si512(to.add(i * 64).cast(), high);
+                    _mm512_store_si512(to.add((i + 8) * 64).cast(), weight);
+                } else {
+                    _mm512_store_si512(to.add(i * 64).cast(), weight);
                 }
             }
         }
     }
 }
 
-/// Sums of one group, as the tile unit stores them: high level, low level.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Sums([[[i32; PANEL]; TILE]; 2]);
-
-/// Multiplies all blocks. Block by block, so that the panels' share stays in the nearest cache while
-/// the rows pass.
+/// Multiplies all blocks of some panels. Block by block, so that the panels' share stays in the
+/// nearest caches while the rows pass.
 ///
 /// # Safety
-/// As [`multiply`]; the scratch holds `panels` expanded panels and the tiles are configured.
+/// As [`multiply`]; the tiles are configured, `R` is at least their rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn blocks<F: Format, const R: usize>(
-    g: &Geometry,
+    w: &QuantTiles,
     x: &Activations,
     scratch: &mut Scratch,
-    panels: usize,
+    panels: &Range<usize>,
     rows: &Range<usize>,
 ) {
+    let g = w.geometry;
+    // SAFETY: the processor has AVX-512.
+    scratch.scales.resize(PANELS, unsafe { Scales::zero() });
     for block in 0..g.blocks {
-        for (tile, row) in rows.clone().step_by(TILE).enumerate() {
-            for panel in 0..panels {
-                let scales = &scratch.scales[panel * g.blocks + block];
-                let total = &mut scratch.totals[tile * PANELS + panel];
-                // SAFETY: block, panel and rows exist.
-                unsafe {
-                    let at = panel * g.cols * PANEL + block * 256 * PANEL;
-                    let weights = scratch.bytes.as_ptr().add(at);
-                    let job = Job { g, x, block, row, count: (rows.end - row).min(R), weights };
-                    tile_block::<F, R>(&job, scales, total);
-                }
+        for (i, panel) in panels.clone().enumerate() {
+            let weights = w.panel(panel).as_ptr();
+            let next = match block + 1 < g.blocks {
+                true => weights.wrapping_add(g.scales_at(block + 1)),
+                false => weights.wrapping_add(panels.len() * g.panel_bytes),
+            };
+            // SAFETY: panel and block exist; the buffer has room for each panel's block.
+            unsafe {
+                F::scales(weights, &g, block, &mut scratch.scales[i]);
+                let to = scratch.bytes.as_mut_ptr().add(i * BLOCK);
+                expand::<F>(weights, &g, block, next, to);
             }
+        }
+        let units = rows.len().div_ceil(TILE) * panels.len();
+        let job = Block {
+            x,
+            block,
+            groups: g.groups(block),
+            blocks: g.blocks,
+            rows: rows.clone(),
+            panels: panels.len(),
+            bytes: scratch.bytes.as_ptr(),
+        };
+        // SAFETY: the caller's promises.
+        unsafe {
+            tiles::<F, R>(&job, units, &scratch.scales, &mut scratch.totals, &mut scratch.ring)
         }
     }
 }
 
-/// One block of one panel and one tile of rows.
-struct Job<'a> {
-    g: &'a Geometry,
+/// One block of some panels and all rows.
+struct Block<'a> {
     x: &'a Activations,
     block: usize,
-    row: usize,
-    /// Rows that exist.
-    count: usize,
-    /// The block's expanded weights.
-    weights: *const u8,
+    groups: usize,
+    /// Blocks of a row.
+    blocks: usize,
+    rows: Range<usize>,
+    panels: usize,
+    /// The expanded panels.
+    bytes: *const u8,
 }
 
-/// Adds a block to the sums of a tile.
-///
-/// # Safety
-/// As [`multiply`]; the tiles are configured.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn tile_block<F: Format, const R: usize>(job: &Job<'_>, scales: &Scales, total: &mut Total) {
-    let (g, x, block) = (job.g, job.x, job.block);
-    let zero = _mm512_setzero_ps();
-    let mut buffers = [const { MaybeUninit::<Sums>::uninit() }; AHEAD];
-    let (levels, stride) = x.tile(job.row / TILE);
-    let per32 = 8 / F::VECTORS;
-    let groups = g.groups(block);
-    let start = |j: usize, to: &mut MaybeUninit<Sums>| {
-        // SAFETY: the group exists, so its levels and weights do.
-        unsafe {
-            let a = levels.add((block * 8 + j / per32) * stride + j % per32 * 16);
-            sums(a, job.weights.add(j * F::VECTORS * 64), to.as_mut_ptr());
-        }
-    };
-    start(0, &mut buffers[0]);
-    let mut a = [zero; R];
-    for j in 0..groups {
-        if j + 1 < groups {
-            start(j + 1, &mut buffers[(j + 1) % AHEAD]);
-        }
-        let sums: *const i32 = buffers[j % AHEAD].as_ptr().cast();
-        for (r, a) in a.iter_mut().enumerate() {
-            // SAFETY: the tile unit has written `R` rows of both levels, aligned.
-            let (hi, lo) = unsafe {
-                (
-                    _mm512_load_si512(sums.add(r * PANEL).cast()),
-                    _mm512_load_si512(sums.add((TILE + r) * PANEL).cast()),
-                )
-            };
-            let isum = _mm512_add_epi32(_mm512_slli_epi32::<7>(hi), lo);
-            *a = _mm512_fmadd_ps(scales.s[j], _mm512_cvtepi32_ps(isum), *a);
+/// Tiles of rows and panels in the order in which they meet: two panels at a time meet all rows, so
+/// that both stay in the nearest cache and a tile is fetched once for the two.
+#[derive(Clone, Copy)]
+struct Walk {
+    tiles: usize,
+    panels: usize,
+    tile: usize,
+    panel: usize,
+}
+
+impl Walk {
+    fn step(&mut self) {
+        let first = self.panel & !1;
+        let end = (first + 2).min(self.panels);
+        if self.panel + 1 < end {
+            self.panel += 1;
+        } else if self.tile + 1 < self.tiles {
+            (self.tile, self.panel) = (self.tile + 1, first);
+        } else {
+            (self.tile, self.panel) = (0, end);
         }
     }
-    for (r, a) in a.iter().enumerate().take(job.count) {
-        let row = job.row + r;
-        let mut b = zero;
-        if F::MINS {
-            let xsums = &x.sums[row * (g.cols / 32) + block * 8..][..groups];
-            for (m, xsum) in scales.m.iter().zip(xsums) {
-                b = _mm512_fmadd_ps(*m, _mm512_set1_ps(*xsum), b);
+}
+
+/// Issues the products of a block, one after the other.
+struct Feed<'a, F: Format> {
+    block: &'a Block<'a>,
+    /// Products of the block.
+    total: usize,
+    issued: usize,
+    walk: Walk,
+    group: usize,
+    level: usize,
+    /// The unit's levels and weights.
+    a: *const u8,
+    a_stride: usize,
+    b: *const u8,
+    ring: *mut u8,
+    format: std::marker::PhantomData<F>,
+}
+
+impl<F: Format> Feed<'_, F> {
+    /// Starts the next product and stores the sums of the one before the last.
+    ///
+    /// # Safety
+    /// The tiles are configured for the format.
+    #[inline(always)]
+    unsafe fn next(&mut self) {
+        let i = self.issued;
+        if i >= self.total + 2 {
+            return;
+        }
+        self.issued += 1;
+        let to = self.ring.wrapping_add((i + RING - 2) % RING * 1024);
+        if i >= self.total {
+            // SAFETY: the caller's promise; a slot of the ring.
+            return unsafe { flush(i % 4, to) };
+        }
+        if self.group == 0 && self.level == 0 {
+            let Walk { tile, panel, .. } = self.walk;
+            self.walk.step();
+            let (a, stride) = self.block.x.tile(self.block.rows.start / TILE + tile);
+            self.a_stride = stride;
+            self.a = a.wrapping_add(self.block.block * 8 * stride);
+            self.b = self.block.bytes.wrapping_add(panel * BLOCK);
+        }
+        let per32 = 8 / F::VECTORS;
+        let within = self.group % per32 * 16 + self.level * 32;
+        let a = self.a.wrapping_add(self.group / per32 * self.a_stride + within);
+        let b = self.b.wrapping_add(self.group * depth::<F>() * 64);
+        // SAFETY: the unit has that group; the caller's promise.
+        unsafe { start::<F>(i % 4, a, b, to) };
+        self.level += 1;
+        if self.level == products::<F>() {
+            (self.level, self.group) = (0, self.group + 1);
+            if self.group == self.block.groups {
+                self.group = 0;
             }
         }
-        let scale = _mm512_set1_ps(x.scale[row * g.blocks + block]);
-        let to = total.0[r].as_mut_ptr();
-        // SAFETY: sixteen aligned sums.
+    }
+}
+
+/// Adds a block to the sums of all rows and panels.
+///
+/// # Safety
+/// As [`multiply`]; the tiles are configured and the blocks are expanded.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn tiles<F: Format, const R: usize>(
+    block: &Block<'_>,
+    units: usize,
+    scales: &[Scales],
+    totals: &mut [Total],
+    ring: &mut Ring,
+) {
+    let sums: *mut u8 = ring.0.as_mut_ptr().cast();
+    let total = units * block.groups * products::<F>();
+    let none = std::ptr::null();
+    let tiles = block.rows.len().div_ceil(TILE);
+    let mut walk = Walk { tiles, panels: block.panels, tile: 0, panel: 0 };
+    let mut feed = Feed::<F> {
+        block,
+        total,
+        issued: 0,
+        walk,
+        group: 0,
+        level: 0,
+        a: none,
+        a_stride: 0,
+        b: none,
+        ring: sums,
+        format: std::marker::PhantomData,
+    };
+    for _ in 0..LAG {
+        // SAFETY: the caller's promise.
+        unsafe { feed.next() };
+    }
+    let x = block.x;
+    let mut used = 0;
+    for _ in 0..units {
+        let Walk { tile, panel, .. } = walk;
+        walk.step();
+        let (row, scales) = (block.rows.start + tile * TILE, &scales[panel]);
+        let xsums = x.sums[x.sum_at(row, block.block * 8)..].as_ptr();
+        let mut a = [_mm512_setzero_ps(); R];
+        for j in 0..block.groups {
+            for _ in 0..products::<F>() {
+                // SAFETY: the caller's promise.
+                unsafe { feed.next() };
+            }
+            let high = sums.wrapping_add(used % RING * 1024);
+            let low = sums.wrapping_add((used + 1) % RING * 1024);
+            used += products::<F>();
+            let min = if F::MINS { scales.m[j] } else { _mm512_setzero_ps() };
+            // SAFETY: slots of the ring, aligned; sums are kept for whole tiles of rows.
+            unsafe {
+                add::<F, R>(&mut a, scales.s[j], high, low, min, xsums.wrapping_add(j * TILE))
+            };
+        }
+        let total = &mut totals[tile * block.panels + panel];
+        for (r, a) in a.iter().enumerate() {
+            let scale = _mm512_set1_ps(x.scale[(row + r) * block.blocks + block.block]);
+            let to = total.0[r].as_mut_ptr();
+            // SAFETY: sixteen aligned sums.
+            unsafe { _mm512_store_ps(to, _mm512_fmadd_ps(*a, scale, _mm512_load_ps(to))) };
+        }
+    }
+}
+
+/// Adds a group to the sums `a` of a tile of rows: `scale · Σ q·x + min · Σ x`.
+///
+/// # Safety
+/// AVX-512; `R` rows of sums at `high` and, if there are two products a group, at `low`; the sums of
+/// `R` rows of inputs at `x`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn add<F: Format, const R: usize>(
+    a: &mut [__m512; R],
+    scale: __m512,
+    high: *const u8,
+    low: *const u8,
+    min: __m512,
+    x: *const f32,
+) {
+    if R == TILE {
+        let a: &mut [__m512; TILE] = a.as_mut_slice().try_into().expect("a whole tile");
+        // SAFETY: the caller's promises.
+        return unsafe {
+            match (F::NIBBLES, F::MINS) {
+                (true, true) => whole::nibbles_mins(a, scale, high, min, x),
+                (true, false) => whole::nibbles(a, scale, high),
+                _ => whole::levels(a, scale, high, low),
+            }
+        };
+    }
+    for (r, a) in a.iter_mut().enumerate() {
+        // SAFETY: the caller's promises.
         unsafe {
-            let t = F::join(scales, *a, b);
-            _mm512_store_ps(to, _mm512_fmadd_ps(t, scale, _mm512_load_ps(to)));
+            let mut isum = _mm512_load_si512(high.add(r * 64).cast());
+            if !F::NIBBLES {
+                let low = _mm512_load_si512(low.add(r * 64).cast());
+                isum = _mm512_add_epi32(_mm512_slli_epi32::<HIGH_SHIFT>(isum), low);
+            }
+            *a = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(isum), *a);
+            if F::MINS {
+                *a = _mm512_fmadd_ps(min, _mm512_set1_ps(*x.add(r)), *a);
+            }
         }
     }
 }
@@ -298,44 +480,85 @@ unsafe fn store(
     rows: &Range<usize>,
     out: Out,
 ) {
-    for (i, panel) in panels.enumerate() {
-        let lanes = PANEL.min(w.rows() - panel * PANEL);
-        let mask = (u32::MAX >> (32 - lanes)) as __mmask16;
-        for row in rows.clone() {
-            let (tile, r) = ((row - rows.start) / TILE, (row - rows.start) % TILE);
-            let from = scratch.totals[tile * PANELS + i].0[r].as_ptr();
+    // Row by row: neighbouring rows of the output are pages apart.
+    for row in rows.clone() {
+        let (tile, r) = ((row - rows.start) / TILE, (row - rows.start) % TILE);
+        let totals = &scratch.totals[tile * panels.len()..][..panels.len()];
+        for (panel, total) in panels.clone().zip(totals) {
+            let lanes = PANEL.min(w.rows() - panel * PANEL);
+            let mask = (u32::MAX >> (32 - lanes)) as __mmask16;
             // SAFETY: the row and the unmasked columns are in the output, and this task's alone.
             unsafe {
-                _mm512_mask_storeu_ps(out.at(row, panel * PANEL), mask, _mm512_load_ps(from));
+                let sums = _mm512_load_ps(total.0[r].as_ptr());
+                _mm512_mask_storeu_ps(out.at(row, panel * PANEL), mask, sums);
             }
         }
     }
 }
 
-/// The sums of a group: levels at `a` (64 bytes a row, high then low 32 bytes on), weights at `b`.
+/// `sums[i] = a · b` while `sums[i + 2]` of four go to `to`. Tiles 0 to 3 hold sums, 4 and 5 levels, 6
+/// and 7 weights.
 ///
 /// # Safety
-/// The tiles are configured and the operands have that shape.
+/// The tiles are configured, the operands have their shape and `to` has room for a tile.
 #[inline(always)]
-unsafe fn sums(a: *const u8, b: *const u8, to: *mut Sums) {
-    // SAFETY: the caller's promises; `to` has room for two tiles of 16 rows.
+unsafe fn start<F: Format>(i: usize, a: *const u8, b: *const u8, to: *mut u8) {
+    macro_rules! product {
+        ($op:literal, $sums:literal, $a:literal, $b:literal, $before:literal) => {
+            asm!(
+                concat!("tileloadd ", $a, ", [{a} + {s}*1]"),
+                concat!("tileloadd ", $b, ", [{b} + {s}*1]"),
+                concat!("tilestored [{to} + {s}*1], ", $before),
+                concat!("tilezero ", $sums),
+                concat!($op, " ", $sums, ", ", $a, ", ", $b),
+                a = in(reg) a,
+                b = in(reg) b,
+                to = in(reg) to,
+                s = in(reg) 64usize,
+                options(nostack),
+            )
+        };
+    }
+    macro_rules! turn {
+        ($op:literal) => {
+            match i {
+                0 => product!($op, "tmm0", "tmm4", "tmm6", "tmm2"),
+                1 => product!($op, "tmm1", "tmm5", "tmm7", "tmm3"),
+                2 => product!($op, "tmm2", "tmm4", "tmm6", "tmm0"),
+                _ => product!($op, "tmm3", "tmm5", "tmm7", "tmm1"),
+            }
+        };
+    }
+    // SAFETY: the caller's promises.
     unsafe {
-        asm!(
-            "tileloadd tmm4, [{b} + {s}*1]",
-            "tileloadd tmm2, [{a} + {s}*1]",
-            "tileloadd tmm3, [{a} + {s}*1 + 32]",
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tdpbssd tmm0, tmm2, tmm4",
-            "tdpbssd tmm1, tmm3, tmm4",
-            "tilestored [{hi} + {s}*1], tmm0",
-            "tilestored [{lo} + {s}*1], tmm1",
-            a = in(reg) a,
-            b = in(reg) b,
-            s = in(reg) 64usize,
-            hi = in(reg) to,
-            lo = in(reg) to.cast::<u8>().add(size_of::<Sums>() / 2),
-            options(nostack),
-        );
+        // Without an offset weights are unsigned: 16 times one may be 240.
+        if F::SHIFT.is_none() { turn!("tdpbsud") } else { turn!("tdpbssd") }
+    }
+}
+
+/// The store of [`start`] alone.
+///
+/// # Safety
+/// As [`start`].
+#[inline(always)]
+unsafe fn flush(i: usize, to: *mut u8) {
+    macro_rules! store {
+        ($before:literal) => {
+            asm!(
+                concat!("tilestored [{to} + {s}*1], ", $before),
+                to = in(reg) to,
+                s = in(reg) 64usize,
+                options(nostack),
+            )
+        };
+    }
+    // SAFETY: the caller's promises.
+    unsafe {
+        match i {
+            0 => store!("tmm2"),
+            1 => store!("tmm3"),
+            2 => store!("tmm0"),
+            _ => store!("tmm1"),
+        }
     }
 }

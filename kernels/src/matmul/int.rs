@@ -3,14 +3,15 @@
 //! With `isum` the exact integer sum of a group's weights and rounded activations and `xsum` the sum
 //! of the rounded activations alone, an output value is, block of 256 by block, group by group:
 //! ```text
-//! a = 0; b = 0
-//! for each group:  a = fma(scale, isum, a);  b = fma(min, xsum, b)
-//! t = a | a + b (Q4_1) | fma(-dmin, b, d·a) (Q4_K) | d·a (Q6_K)
-//! y = fma(t, activation scale, y)
+//! a = 0
+//! for each group:  a = fma(scale, isum, a);  a = fma(min, xsum, a) (Q4_1, Q4_K)
+//! y = fma(a, activation scale, y)
 //! ```
+//! The scale of a group of Q4_K and Q6_K is the product of its two, rounded once; so is the (negative)
+//! minimum of Q4_K.
 //! The vector kernels do just this, so all of them give the same bits.
 
-use super::activations::Activations;
+use super::activations::{Activations, HIGH};
 use super::packed::{Geometry, Kind, QuantTiles, group_values, row_scales};
 use super::{Out, PANEL};
 use crate::cpu::Isa;
@@ -65,8 +66,6 @@ struct Block {
     q: [[[i16; PANEL]; 32]; 16],
     s: [[f32; PANEL]; 16],
     m: [[f32; PANEL]; 8],
-    d: [f32; PANEL],
-    dmin: [f32; PANEL],
 }
 
 fn expand(g: &Geometry, panel: &[u8], b: usize, out: &mut Block) {
@@ -79,13 +78,13 @@ fn expand(g: &Geometry, panel: &[u8], b: usize, out: &mut Block) {
     }
     for lane in 0..PANEL {
         let scales = row_scales(g, panel, b, lane);
+        let dmin = if g.kind == Kind::Q4K { -scales.dmin } else { 1.0 };
         for j in 0..16 {
-            out.s[j][lane] = scales.s[j];
+            out.s[j][lane] = scales.d * scales.s[j];
         }
         for j in 0..8 {
-            out.m[j][lane] = scales.m[j];
+            out.m[j][lane] = dmin * scales.m[j];
         }
-        (out.d[lane], out.dmin[lane]) = (scales.d, scales.dmin);
     }
 }
 
@@ -100,13 +99,8 @@ unsafe fn multiply<const FMA: bool>(
     out: Out,
 ) {
     let g = &w.geometry;
-    let mut block = Box::new(Block {
-        q: [[[0; PANEL]; 32]; 16],
-        s: [[0.0; PANEL]; 16],
-        m: [[0.0; PANEL]; 8],
-        d: [0.0; PANEL],
-        dmin: [0.0; PANEL],
-    });
+    let mut block =
+        Box::new(Block { q: [[[0; PANEL]; 32]; 16], s: [[0.0; PANEL]; 16], m: [[0.0; PANEL]; 8] });
     let mut sums = vec![[0f32; PANEL]; rows.len()];
     for b in 0..g.blocks {
         expand(g, w.panel(panel), b, &mut block);
@@ -132,7 +126,7 @@ fn block_row<const FMA: bool>(
     b: usize,
     y: &mut [f32; PANEL],
 ) {
-    let (mut a, mut mins) = ([0f32; PANEL], [0f32; PANEL]);
+    let mut a = [0f32; PANEL];
     let size = g.kind.group();
     for j in 0..g.groups(b) {
         let levels = x.group(row, (b * 256 + j * size) / 32);
@@ -140,7 +134,7 @@ fn block_row<const FMA: bool>(
         let mut isum = [0i32; PANEL];
         for i in 0..size {
             let (hi, lo) = (levels[from + i] as i8, levels[32 + from + i] as i8);
-            let v = i32::from(hi) * 128 + i32::from(lo);
+            let v = i32::from(hi) * HIGH + i32::from(lo);
             for (s, q) in isum.iter_mut().zip(&block.q[j][i]) {
                 *s += i32::from(*q) * v;
             }
@@ -149,20 +143,14 @@ fn block_row<const FMA: bool>(
             a[lane] = fma::<FMA>(block.s[j][lane], isum[lane] as f32, a[lane]);
         }
         if g.kind.has_mins() {
-            let xsum = x.sums[row * (x.cols / 32) + b * 8 + j];
-            for (b, m) in mins.iter_mut().zip(&block.m[j]) {
-                *b = fma::<FMA>(*m, xsum, *b);
+            let xsum = x.sums[x.sum_at(row, b * 8 + j)];
+            for (a, m) in a.iter_mut().zip(&block.m[j]) {
+                *a = fma::<FMA>(*m, xsum, *a);
             }
         }
     }
     let scale = x.scale[row * g.blocks + b];
-    for lane in 0..PANEL {
-        let t = match g.kind {
-            Kind::Q8_0 | Kind::Q4_0 => a[lane],
-            Kind::Q4_1 => a[lane] + mins[lane],
-            Kind::Q4K => fma::<FMA>(-block.dmin[lane], mins[lane], block.d[lane] * a[lane]),
-            Kind::Q6K => block.d[lane] * a[lane],
-        };
-        y[lane] = fma::<FMA>(t, scale, y[lane]);
+    for (y, a) in y.iter_mut().zip(a) {
+        *y = fma::<FMA>(a, scale, *y);
     }
 }

@@ -8,6 +8,8 @@ mod activations;
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod amx_bf16;
+#[cfg(target_arch = "x86_64")]
+mod amx_whole;
 mod buffer;
 mod float;
 mod float_kernels;

@@ -4,12 +4,14 @@
 //! are four neighbouring inputs. That is at once the operand of VNNI's `vpdpbusd` (against four
 //! broadcast activations) and a row of an AMX B tile. Sizes are those of the file, up to padding.
 //!
-//! | type | layout of a panel |
+//! | type | layout of a block of 256 inputs (the last one of a row may be shorter) |
 //! |---|---|
-//! | Q8_0 | groups of 32: 8 vectors of bytes, each plus 128; then 16 f16 scales a group |
-//! | Q4_0, Q4_1 | groups of 32: 4 vectors of nibbles; then 16 f16 scales (and 16 minima) a group |
-//! | Q4_K | a block of 256: 16 d, 16 dmin, 12 scale bytes a lane as 3 vectors, 8 × 4 vectors of nibbles |
-//! | Q6_K | a block of 256: 16 scale bytes a lane as 4 vectors, 16 × (2 vectors of low nibbles, 1 of high bit pairs); then 16 d a block |
+//! | Q8_0 | 16 f16 scales a group of 32; then its 8 vectors of bytes, each plus 128 |
+//! | Q4_0, Q4_1 | 16 f16 scales (and 16 minima) a group of 32; then its 4 vectors of nibbles |
+//! | Q4_K | 16 d, 16 dmin, 12 scale bytes a lane as 3 vectors, 8 × 4 vectors of nibbles |
+//! | Q6_K | 16 scale bytes a lane as 4 vectors, 16 × (2 vectors of low nibbles, 1 of high bit pairs); the d of all blocks, 16 each, come before the first |
+//!
+//! Everything lies in the order in which it is used, so that a product reads one stream.
 //!
 //! A vector of nibbles holds inputs `8j..8j+4` low and `8j+4..8j+8` high; a vector of bit pairs holds
 //! inputs `4i..4i+4` at bits `2i`.
@@ -66,13 +68,30 @@ impl Kind {
         }
     }
 
-    /// Up to so many rows the broadcast kernel beats the tile unit (measured on Sapphire Rapids).
+    /// Up to so many rows the broadcast kernel beats the tile unit (measured).
     pub(super) fn few(self) -> usize {
         match self {
-            Kind::Q8_0 => 5,
-            Kind::Q4_0 | Kind::Q4_1 | Kind::Q4K => 6,
+            Kind::Q8_0 | Kind::Q4_0 | Kind::Q4_1 | Kind::Q4K => 4,
             // Groups of 16 fill only a quarter of a tile.
-            Kind::Q6K => 12,
+            Kind::Q6K => 8,
+        }
+    }
+
+    /// Bytes of a group of a panel.
+    fn group_bytes(self) -> usize {
+        match self {
+            Kind::Q8_0 => 512,
+            Kind::Q4_0 | Kind::Q4_1 | Kind::Q4K => 256,
+            Kind::Q6K => 192,
+        }
+    }
+
+    /// Bytes of the scales before the groups of a block of a panel.
+    fn head_bytes(self, groups: usize) -> usize {
+        match self {
+            Kind::Q8_0 | Kind::Q4_0 => (groups * 32).next_multiple_of(64),
+            Kind::Q4_1 => groups * 64,
+            Kind::Q4K | Kind::Q6K => 256,
         }
     }
 
@@ -80,11 +99,6 @@ impl Kind {
         matches!(self, Kind::Q4_1 | Kind::Q4K)
     }
 }
-
-/// Bytes of a Q4_K block of a panel.
-pub(super) const Q4K_BLOCK: usize = 2304;
-/// Bytes of a Q6_K block of a panel, without its d.
-pub(super) const Q6K_BLOCK: usize = 3328;
 
 /// Where things are in a panel.
 #[derive(Clone, Copy, Debug)]
@@ -95,22 +109,24 @@ pub(super) struct Geometry {
     pub(super) blocks: usize,
     /// Bytes of a panel.
     pub(super) panel_bytes: usize,
-    /// Where the separate scales begin.
-    pub(super) scales_at: usize,
+    /// Where the first block begins.
+    first_block: usize,
+    /// Bytes of a whole block.
+    block_bytes: usize,
 }
 
 impl Geometry {
     pub(super) fn new(kind: Kind, cols: usize) -> Self {
-        let (groups, blocks) = (cols / 32, cols.div_ceil(256));
-        let (quants, scales) = match kind {
-            Kind::Q8_0 => (groups * 512, groups * 32),
-            Kind::Q4_0 => (groups * 256, groups * 32),
-            Kind::Q4_1 => (groups * 256, groups * 64),
-            Kind::Q4K => (blocks * Q4K_BLOCK, 0),
-            Kind::Q6K => (blocks * Q6K_BLOCK, blocks * 32),
+        let blocks = cols.div_ceil(256);
+        let bytes = |groups: usize| kind.head_bytes(groups) + groups * kind.group_bytes();
+        let block_bytes = bytes(256 / kind.group());
+        let first_block = if kind == Kind::Q6K { (blocks * 32).next_multiple_of(64) } else { 0 };
+        let rest = match cols % 256 / kind.group() {
+            0 => 0,
+            groups => bytes(groups),
         };
-        let panel_bytes = (quants + scales).next_multiple_of(64);
-        Geometry { kind, cols, blocks, panel_bytes, scales_at: quants }
+        let panel_bytes = first_block + cols / 256 * block_bytes + rest;
+        Geometry { kind, cols, blocks, panel_bytes, first_block, block_bytes }
     }
 
     /// Groups of block `block`.
@@ -118,14 +134,19 @@ impl Geometry {
         (self.cols - block * 256).min(256) / self.kind.group()
     }
 
-    /// Where group `group` of block `block` has its quants.
-    pub(super) fn quants_at(&self, block: usize, group: usize) -> usize {
-        match self.kind {
-            Kind::Q8_0 => (block * 8 + group) * 512,
-            Kind::Q4_0 | Kind::Q4_1 => (block * 8 + group) * 256,
-            Kind::Q4K => block * Q4K_BLOCK + 256 + group * 256,
-            Kind::Q6K => block * Q6K_BLOCK + 256 + group * 192,
-        }
+    /// Where block `block` has its scales (of Q6_K all but d).
+    pub(super) fn scales_at(&self, block: usize) -> usize {
+        self.first_block + block * self.block_bytes
+    }
+
+    /// Where block `block` has its first group; the others follow.
+    pub(super) fn quants_at(&self, block: usize) -> usize {
+        self.scales_at(block) + self.kind.head_bytes(self.groups(block))
+    }
+
+    /// Where group `group` of block `block` is.
+    fn group_at(&self, block: usize, group: usize) -> usize {
+        self.quants_at(block) + group * self.kind.group_bytes()
     }
 }
 
@@ -222,9 +243,11 @@ fn pack_nibbles(out: &mut [u8], lane: usize, values: &[u8]) {
     }
 }
 
+/// `b` counts groups here.
 fn pack_legacy(g: &Geometry, panel: &mut [u8], lane: usize, b: usize, block: &[u8]) {
-    let (at, scales) = (g.quants_at(0, b), if g.kind == Kind::Q4_1 { 64 } else { 32 });
-    let scale_at = g.scales_at + b * scales + lane * 2;
+    let at = g.group_at(b / 8, b % 8);
+    let scales = if g.kind == Kind::Q4_1 { 64 } else { 32 };
+    let scale_at = g.scales_at(b / 8) + b % 8 * scales + lane * 2;
     panel[scale_at..scale_at + 2].copy_from_slice(&block[..2]);
     let mut values = [0u8; 32];
     match g.kind {
@@ -248,7 +271,7 @@ fn pack_legacy(g: &Geometry, panel: &mut [u8], lane: usize, b: usize, block: &[u
 }
 
 fn pack_q4k(g: &Geometry, panel: &mut [u8], lane: usize, b: usize, block: &[u8]) {
-    let base = b * Q4K_BLOCK;
+    let base = g.scales_at(b);
     panel[base + lane * 2..][..2].copy_from_slice(&block[..2]);
     panel[base + 32 + lane * 2..][..2].copy_from_slice(&block[2..4]);
     for i in 0..3 {
@@ -257,20 +280,20 @@ fn pack_q4k(g: &Geometry, panel: &mut [u8], lane: usize, b: usize, block: &[u8])
     for (pair, q) in block[16..].chunks_exact(32).enumerate() {
         let low: [u8; 32] = std::array::from_fn(|i| q[i] & 15);
         let high: [u8; 32] = std::array::from_fn(|i| q[i] >> 4);
-        pack_nibbles(&mut panel[g.quants_at(b, 2 * pair)..], lane, &low);
-        pack_nibbles(&mut panel[g.quants_at(b, 2 * pair + 1)..], lane, &high);
+        pack_nibbles(&mut panel[g.group_at(b, 2 * pair)..], lane, &low);
+        pack_nibbles(&mut panel[g.group_at(b, 2 * pair + 1)..], lane, &high);
     }
 }
 
 fn pack_q6k(g: &Geometry, panel: &mut [u8], lane: usize, b: usize, block: &[u8]) {
-    let base = b * Q6K_BLOCK;
+    let base = g.scales_at(b);
     for i in 0..4 {
         panel[base + i * 64 + lane * 4..][..4].copy_from_slice(&block[192 + i * 4..][..4]);
     }
-    panel[g.scales_at + b * 32 + lane * 2..][..2].copy_from_slice(&block[208..210]);
+    panel[b * 32 + lane * 2..][..2].copy_from_slice(&block[208..210]);
     for j in 0..16 {
         let values: [u8; 16] = std::array::from_fn(|i| q6_at(block, j * 16 + i));
-        let out = &mut panel[g.quants_at(b, j)..];
+        let out = &mut panel[g.group_at(b, j)..];
         pack_nibbles(out, lane, &values);
         for t in 0..4 {
             let high = |i: usize| (values[4 * i + t] >> 4) << (2 * i);
@@ -281,7 +304,7 @@ fn pack_q6k(g: &Geometry, panel: &mut [u8], lane: usize, b: usize, block: &[u8])
 
 /// The values of a group, offset removed: `[lane][input]`; the first 16 inputs of a Q6_K group.
 pub(super) fn group_values(g: &Geometry, panel: &[u8], b: usize, j: usize) -> [[i8; 32]; PANEL] {
-    let q = &panel[g.quants_at(b, j)..];
+    let q = &panel[g.group_at(b, j)..];
     let mut out = [[0; 32]; PANEL];
     let offset = g.kind.offset();
     for (lane, out) in out.iter_mut().enumerate() {
@@ -304,11 +327,12 @@ pub(super) fn group_values(g: &Geometry, panel: &[u8], b: usize, j: usize) -> [[
 /// The scales of lane `lane` in block `b`.
 pub(super) fn row_scales(g: &Geometry, panel: &[u8], b: usize, lane: usize) -> RowScales {
     let mut out = RowScales { s: [0.0; 16], m: [0.0; 8], d: 1.0, dmin: 1.0 };
+    let base = g.scales_at(b);
     match g.kind {
         Kind::Q8_0 | Kind::Q4_0 | Kind::Q4_1 => {
             let size = if g.kind == Kind::Q4_1 { 64 } else { 32 };
             for j in 0..g.groups(b) {
-                let at = g.scales_at + (b * 8 + j) * size + lane * 2;
+                let at = base + j * size + lane * 2;
                 out.s[j] = f16_at(panel, at);
                 if g.kind == Kind::Q4_1 {
                     out.m[j] = f16_at(panel, at + 32);
@@ -316,7 +340,6 @@ pub(super) fn row_scales(g: &Geometry, panel: &[u8], b: usize, lane: usize) -> R
             }
         }
         Kind::Q4K => {
-            let base = b * Q4K_BLOCK;
             let byte = |i: usize| panel[base + 64 + i / 4 * 64 + lane * 4 + i % 4];
             let packed: [u8; 12] = std::array::from_fn(byte);
             out.d = f16_at(panel, base + lane * 2);
@@ -327,11 +350,10 @@ pub(super) fn row_scales(g: &Geometry, panel: &[u8], b: usize, lane: usize) -> R
             }
         }
         Kind::Q6K => {
-            let base = b * Q6K_BLOCK;
             for (j, s) in out.s.iter_mut().enumerate() {
                 *s = f32::from(panel[base + j / 4 * 64 + lane * 4 + j % 4] as i8);
             }
-            out.d = f16_at(panel, g.scales_at + b * 32 + lane * 2);
+            out.d = f16_at(panel, b * 32 + lane * 2);
         }
     }
     out

@@ -11,7 +11,7 @@ use std::cell::Cell;
 use std::ops::Range;
 
 /// Rows that are multiplied together; their activations stay in the cache meanwhile.
-const ROWS: usize = 128;
+const ROWS: usize = 256;
 /// Pieces a thread gets of a job at least, so that a late thread holds nobody up.
 const PIECES: usize = 4;
 

@@ -49,6 +49,11 @@ fn isas() -> Vec<Isa> {
     all.into_iter().filter(|i| *i <= Cpu::get().isa).collect()
 }
 
+/// Whether products round their inputs to integers.
+fn is_integer(dtype: DType) -> bool {
+    Kind::of(dtype).is_some()
+}
+
 fn product(isa: Isa, pool: &ThreadPool, w: &Matrix, x: &[f32], m: usize) -> Vec<f32> {
     let mut y = vec![f32::NAN; m * w.rows()];
     run_group(isa, pool, x, m, &mut [(w, &mut y)]);
@@ -102,7 +107,8 @@ fn every_type_and_instruction_set_is_faithful() {
                 for isa in isas() {
                     let y = product(isa, &pool, &w, &x, m);
                     let worst = error(&wide, &x, &y, k);
-                    assert!(worst < 3e-5, "{dtype} {isa:?} {n}x{k} m={m}: {worst}");
+                    let bound = if is_integer(dtype) { 4e-4 } else { 3e-5 };
+                    assert!(worst < bound, "{dtype} {isa:?} {n}x{k} m={m}: {worst}");
                 }
             }
         }
@@ -170,16 +176,17 @@ fn extreme_inputs_stay_defined() {
                     assert!(v.is_finite() && (!tiny || v.abs() < 1e-25), "{dtype} {isa:?} {i} {v}");
                 }
                 if scale == 1e30 {
-                    assert!(error(&wide, &x, &y, k) < 3e-5);
+                    let bound = if is_integer(dtype) { 4e-4 } else { 3e-5 };
+                    assert!(error(&wide, &x, &y, k) < bound);
                 }
             }
-            // One outlier costs the others of its block half a step of 1/16256 of it, nobody else.
+            // One outlier costs the others of its block half a step of 1/2032 of it, nobody else.
             let mut x = rng.floats(k, 1e-3);
             x[300] = 100.0;
             for (w, y) in wide.chunks(k).zip(product(isa, &pool, &w, &x, 1)) {
                 let exact: f64 = w.iter().zip(&x).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
                 let block: f64 = w[256..].iter().map(|v| f64::from(v.abs())).sum();
-                let bound = block * 100.0 * 3.2e-5 + exact.abs() * 1e-5;
+                let bound = block * 100.0 * 2.5e-4 + exact.abs() * 1e-5;
                 assert!((f64::from(y) - exact).abs() < bound, "{dtype} {isa:?}");
             }
             // What is not finite spoils its own row only.

@@ -1,14 +1,14 @@
 //! Integer products with AVX-512 VNNI: weights in the lanes, activations broadcast.
 
-use super::activations::{Activations, TILE};
+use super::activations::{Activations, HIGH_SHIFT, TILE};
 use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales};
-use super::packed::{Geometry, Kind, QuantTiles};
+use super::packed::{Kind, QuantTiles};
 use super::{Out, PANEL};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// Bytes that are fetched ahead of use.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 4096;
 
 /// Multiplies panels `panels` of `w` with rows `rows` of `x`; see [`super::int`] for the definition.
 ///
@@ -80,29 +80,34 @@ unsafe fn rows_of<F: Format, const M: usize>(
     let g = w.geometry;
     let weights = w.panel(panel).as_ptr();
     let (tile, stride) = x.tile(row / TILE);
-    let zero = _mm512_setzero_ps();
-    let mut scales = Scales { s: [zero; 16], m: [zero; 8], d: zero, dmin: zero };
-    let mut sum = [zero; M];
+    // SAFETY: the processor has AVX-512.
+    let mut scales = unsafe { Scales::zero() };
+    let mut sum = [_mm512_setzero_ps(); M];
     for block in 0..g.blocks {
         // SAFETY: the block exists; rows are those of the tile.
         unsafe {
+            let head = weights.wrapping_add(g.scales_at(block) + AHEAD);
+            for i in 0..4 {
+                _mm_prefetch::<_MM_HINT_T0>(head.wrapping_add(i * 64).cast());
+            }
             F::scales(weights, &g, block, &mut scales);
             let levels = tile.add(block * 8 * stride + row % TILE * 64);
-            let at = Place { g: &g, weights, block, levels, stride, x, row };
-            let (mut a, mut b) = ([zero; M], [zero; M]);
             let groups = g.groups(block);
+            let weights = weights.add(g.quants_at(block));
+            let at = Place { cols: g.cols, weights, block, levels, stride, x, row };
+            let mut a = [_mm512_setzero_ps(); M];
             if groups == F::GROUPS {
                 for j in 0..F::GROUPS {
-                    group::<F, M>(&at, j, &scales, &mut a, &mut b);
+                    group::<F, M>(&at, j, &scales, &mut a);
                 }
             } else {
                 for j in 0..groups {
-                    group::<F, M>(&at, j, &scales, &mut a, &mut b);
+                    group::<F, M>(&at, j, &scales, &mut a);
                 }
             }
             for r in 0..M {
                 let scale = _mm512_set1_ps(*x.scale.get_unchecked((row + r) * g.blocks + block));
-                sum[r] = _mm512_fmadd_ps(F::join(&scales, a[r], b[r]), scale, sum[r]);
+                sum[r] = _mm512_fmadd_ps(a[r], scale, sum[r]);
             }
         }
     }
@@ -117,7 +122,8 @@ unsafe fn rows_of<F: Format, const M: usize>(
 
 /// Where a block's operands are.
 struct Place<'a> {
-    g: &'a Geometry,
+    cols: usize,
+    /// The block's first group.
     weights: *const u8,
     block: usize,
     /// Levels of the first row in the block's first group of 32.
@@ -128,7 +134,7 @@ struct Place<'a> {
     row: usize,
 }
 
-/// Adds one group to the block's scaled sums `a` and minima `b`.
+/// Adds one group to the block's scaled sums.
 ///
 /// # Safety
 /// As [`multiply`]; the group exists.
@@ -139,45 +145,36 @@ unsafe fn group<F: Format, const M: usize>(
     j: usize,
     scales: &Scales,
     a: &mut [__m512; M],
-    b: &mut [__m512; M],
 ) {
     // SAFETY: block, group and rows exist; prefetching is harmless anywhere.
     unsafe {
-        let ahead = at.weights.wrapping_add(at.g.quants_at(at.block, j) + AHEAD);
-        for i in 0..if F::VECTORS == 8 { 4 } else { 3 } {
-            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(i * 64).cast());
+        let weights = at.weights.add(j * F::BYTES);
+        for i in 0..F::BYTES / 64 {
+            _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_add(AHEAD + i * 64).cast());
         }
-        let q = F::quants(at.weights, at.g, at.block, j);
+        let q = F::quants(weights);
         let per32 = 8 / F::VECTORS;
         let levels = at.levels.add(j / per32 * at.stride + j % per32 * 16);
         for r in 0..M {
             let x = levels.add(r * 64).cast::<i32>();
             let (mut hi, mut lo) = (_mm512_setzero_si512(), _mm512_setzero_si512());
             if let Some(shift) = F::SHIFT {
-                let groups = at.g.cols / (F::VECTORS * 4);
+                let groups = at.cols / (F::VECTORS * 4);
                 let i = (at.row + r) * groups + at.block * F::GROUPS + j;
                 let sums = if F::VECTORS == 4 { &at.x.sums16 } else { &at.x.sums32 };
-                let sum = _mm512_set1_epi32(*sums.get_unchecked(i));
-                // -(sum << shift), in the level where it costs least.
-                if shift == 7 {
-                    hi = _mm512_sub_epi32(hi, sum);
-                } else {
-                    lo = _mm512_sub_epi32(
-                        lo,
-                        _mm512_sllv_epi32(sum, _mm512_set1_epi32(shift as i32)),
-                    );
-                }
+                let sum = _mm512_set1_epi32(*sums.get_unchecked(i) << shift);
+                lo = _mm512_sub_epi32(lo, sum);
             }
             for (i, q) in q.iter().enumerate().take(F::VECTORS) {
                 hi = _mm512_dpbusd_epi32(hi, *q, _mm512_set1_epi32(x.add(i).read_unaligned()));
                 lo = _mm512_dpbusd_epi32(lo, *q, _mm512_set1_epi32(x.add(8 + i).read_unaligned()));
             }
-            let isum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<7>(hi), lo));
-            a[r] = _mm512_fmadd_ps(scales.s[j], isum, a[r]);
+            let isum = _mm512_add_epi32(_mm512_slli_epi32::<HIGH_SHIFT>(hi), lo);
+            a[r] = _mm512_fmadd_ps(scales.s[j], _mm512_cvtepi32_ps(isum), a[r]);
             if F::MINS {
-                let i = (at.row + r) * (at.g.cols / 32) + at.block * 8 + j;
+                let i = at.x.sum_at(at.row + r, at.block * 8 + j);
                 let xsum = _mm512_set1_ps(*at.x.sums.get_unchecked(i));
-                b[r] = _mm512_fmadd_ps(scales.m[j], xsum, b[r]);
+                a[r] = _mm512_fmadd_ps(scales.m[j], xsum, a[r]);
             }
         }
     }
