@@ -2,8 +2,8 @@
 //! them: `cargo run --release -p headstart-kernels --example kernel_bench [threads] [filter]`.
 
 use headstart_kernels::{
-    AttentionArgs, AttentionSeq, DType, KvPool, KvShape, Matrix, ThreadPool, paged_attention,
-    silu_mul, vocab_stats_rows,
+    AttentionArgs, AttentionSeq, DType, KvPool, KvShape, KvSlot, Matrix, ThreadPool,
+    paged_attention, silu_mul, vocab_stats_rows,
 };
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -130,12 +130,19 @@ fn products(pool: &ThreadPool, gbs: f64, filter: &str) {
 fn attention(pool: &ThreadPool) {
     println!("attention (9 heads over 3, 64 wide)      µs   GFLOP/s");
     let (heads, kv_heads, head_dim, len) = (9, 3, 64, 1024);
-    let shape = KvShape { layers: 1, kv_heads, head_dim, page_size: 32, pages: len / 32 };
+    let shape = KvShape {
+        layers: 1,
+        kv_heads,
+        head_dim,
+        page_size: 16,
+        pages: len / 16,
+        dtype: DType::F16,
+    };
     let mut kv = KvPool::new(shape).unwrap();
-    for p in 0..shape.pages as u32 {
-        let fill = random(shape.page_len());
-        kv.page_mut(p).copy_from_slice(&fill);
-    }
+    let slots: Vec<KvSlot> =
+        (0..len as u32).map(|p| KvSlot { page: p / 16, slot: p % 16 }).collect();
+    let (k, v) = (random(len * kv_heads * head_dim), random(len * kv_heads * head_dim));
+    kv.write_rows(pool, 0, &slots, &k, &v);
     let pages: Vec<u32> = (0..shape.pages as u32).collect();
     for (start, rows) in [(127, 1), (1023, 1), (0, 512), (512, 512)] {
         let q = random(rows * heads * head_dim);
@@ -169,8 +176,11 @@ fn small(pool: &ThreadPool) {
         black_box(vocab_stats_rows(pool, &logits, logits.len()));
     });
     println!("vocab_stats of 49152     {:10.2} µs", time * 1e6);
-    let (mut gate, up) = (random(512 * 1536), vec![2.0; 512 * 1536]);
-    let time = median(20, || silu_mul(pool, &mut gate, &up));
+    let (mut gate, up) = (random(512 * 1536), vec![1.0; 512 * 1536]);
+    let time = median(20, || {
+        gate.fill(1.5);
+        silu_mul(pool, &mut gate, &up);
+    });
     println!("silu_mul of 512 x 1536   {:10.2} µs", time * 1e6);
 }
 

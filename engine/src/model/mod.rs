@@ -29,7 +29,7 @@ use std::str::FromStr;
 use headstart_formats::gguf::Gguf;
 use headstart_formats::hf::HfDir;
 use headstart_formats::safetensors::SafetensorsDir;
-use headstart_kernels::{Matrix, ThreadPool};
+use headstart_kernels::{DType, Matrix, ThreadPool};
 
 pub use config::{Activation, ModelConfig};
 pub use error::LoadError;
@@ -236,6 +236,13 @@ impl Model {
     fn named(mut self, hash: ModelHash) -> Self {
         self.whole.hash = hash;
         self
+    }
+
+    /// How keys and values are best kept: in single precision beside weights in single precision,
+    /// else in half.
+    pub(crate) fn kv_dtype(&self) -> DType {
+        let single = self.layers.iter().all(|l| l.key.weight.dtype() == DType::F32);
+        if single { DType::F32 } else { DType::F16 }
     }
 
     /// Bytes of all matrices in memory.

@@ -1,9 +1,11 @@
 //! The inner loops: a block of queries that share one KV head, over all keys in reach.
 
+use super::kv::Data;
+use super::lanes::Element;
 use super::{KvPool, SEGMENT, lanes};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::{Cpu, Isa};
-use crate::math::{exp, sum16, tanh};
+use crate::math::{exp, tanh};
 use std::cell::Cell;
 
 /// Queries (rows times heads) a block holds at most.
@@ -139,32 +141,58 @@ fn join(state: &mut State) {
 
 /// Attends the key blocks `from..to` (64 positions each) into the segment.
 fn attend_keys(block: &Block<'_>, from: usize, to: usize, state: &mut State) {
+    match block.kv.data() {
+        Data::Single(data) => attend_data(block, data, from, to, state),
+        Data::Half(data) => attend_data(block, data, from, to, state),
+    }
+}
+
+fn attend_data<E: Element>(
+    block: &Block<'_>,
+    data: &[E],
+    from: usize,
+    to: usize,
+    state: &mut State,
+) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-        fn avx512(block: &Block<'_>, from: usize, to: usize, state: &mut State) {
-            keys::<lanes::Avx512, true>(block, from, to, state);
+        fn avx512<E: Element>(
+            block: &Block<'_>,
+            data: &[E],
+            from: usize,
+            to: usize,
+            state: &mut State,
+        ) {
+            keys::<lanes::Avx512, true, E>(block, data, from, to, state);
         }
         #[target_feature(enable = "avx2,fma")]
-        fn avx2(block: &Block<'_>, from: usize, to: usize, state: &mut State) {
-            keys::<lanes::Plain<true>, true>(block, from, to, state);
+        fn avx2<E: Element>(
+            block: &Block<'_>,
+            data: &[E],
+            from: usize,
+            to: usize,
+            state: &mut State,
+        ) {
+            keys::<lanes::Plain<true>, true, E>(block, data, from, to, state);
         }
         let isa = Cpu::get().isa;
         if isa >= Isa::Avx512 {
             // SAFETY: the processor has these features.
-            return unsafe { avx512(block, from, to, state) };
+            return unsafe { avx512(block, data, from, to, state) };
         }
         if isa >= Isa::Avx2 {
             // SAFETY: the processor has these features.
-            return unsafe { avx2(block, from, to, state) };
+            return unsafe { avx2(block, data, from, to, state) };
         }
     }
-    keys::<lanes::Plain<false>, false>(block, from, to, state);
+    keys::<lanes::Plain<false>, false, E>(block, data, from, to, state);
 }
 
 #[inline(always)]
-fn keys<L: lanes::Lanes, const FMA: bool>(
+fn keys<L: lanes::Lanes, const FMA: bool, E: Element>(
     block: &Block<'_>,
+    data: &[E],
     from: usize,
     to: usize,
     state: &mut State,
@@ -186,78 +214,58 @@ fn keys<L: lanes::Lanes, const FMA: bool>(
         let place = |part: usize| {
             let (page, slot) = ((at + part * LANES) / page_size, (at + part * LANES) % page_size);
             let (keys, values) = block.kv.head(block.layer, block.pages[page], block.kv_head);
-            (&keys[slot..], &values[slot * dim..(slot + LANES) * dim])
+            (&data[keys][slot..], &data[values][slot * dim..(slot + LANES) * dim])
         };
         for part in parts.clone() {
-            score_all::<L>(&state.q, dim, place(part).0, page_size, part, &mut state.scores);
+            score_all::<L, E>(&state.q, dim, place(part).0, page_size, part, &mut state.scores);
         }
         if let Some(cap) = block.softcap {
             for s in state.scores.as_flattened_mut() {
                 *s = tanh::<FMA>(*s / cap) * cap;
             }
         }
-        weigh::<FMA>(state, dim);
+        weigh::<L, FMA>(state, dim);
         for part in parts {
-            gather::<L>(state, dim, place(part).1, part);
+            gather::<L, E>(state, dim, place(part).1, part);
         }
     }
 }
 
 /// Scores all queries against 16 keys.
 #[inline(always)]
-fn score_all<L: lanes::Lanes>(
+fn score_all<L: lanes::Lanes, E: Element>(
     q: &[f32],
     dim: usize,
-    keys: &[f32],
+    keys: &[E],
     stride: usize,
     part: usize,
     scores: &mut [[f32; KEYS]],
 ) {
     let mut i = 0;
     while i + 6 <= scores.len() {
-        L::score::<6>(&q[i * dim..], dim, keys, stride, part, &mut scores[i..]);
+        L::score::<6, E>(&q[i * dim..], dim, keys, stride, part, &mut scores[i..]);
         i += 6;
     }
     while i + 3 <= scores.len() {
-        L::score::<3>(&q[i * dim..], dim, keys, stride, part, &mut scores[i..]);
+        L::score::<3, E>(&q[i * dim..], dim, keys, stride, part, &mut scores[i..]);
         i += 3;
     }
     while i < scores.len() {
-        L::score::<1>(&q[i * dim..], dim, keys, stride, part, &mut scores[i..]);
+        L::score::<1, E>(&q[i * dim..], dim, keys, stride, part, &mut scores[i..]);
         i += 1;
     }
 }
 
 /// Turns scores into weights relative to the running maximum and rescales what was gathered before.
 #[inline(always)]
-fn weigh<const FMA: bool>(state: &mut State, dim: usize) {
+fn weigh<L: lanes::Lanes, const FMA: bool>(state: &mut State, dim: usize) {
     let part = &mut state.segment;
     for (i, s) in state.scores.iter_mut().enumerate() {
-        let (from, to) = state.seen[i];
-        if from == to {
+        let seen = state.seen[i];
+        if seen.0 == seen.1 {
             continue;
         }
-        if (from, to) != (0, KEYS) {
-            for (lane, s) in s.iter_mut().enumerate() {
-                *s = if lane >= from && lane < to { *s } else { f32::NEG_INFINITY };
-            }
-        }
-        let (quads, _) = s.as_chunks_mut::<LANES>();
-        let larger = |a: f32, b: f32| if a > b { a } else { b };
-        let mut top: [f32; LANES] = std::array::from_fn(|l| {
-            larger(larger(quads[0][l], quads[1][l]), larger(quads[2][l], quads[3][l]))
-        });
-        for width in [8, 4, 2, 1] {
-            for l in 0..width {
-                top[l] = larger(top[l + width], top[l]);
-            }
-        }
-        let max = larger(top[0], part.max[i]);
-        for quad in quads.iter_mut() {
-            for s in quad.iter_mut() {
-                *s = exp::<FMA>(*s - max);
-            }
-        }
+        let (max, sum) = L::weigh(s, seen, part.max[i]);
         if max > part.max[i] {
             // Exactly 0 for the first block, whose sums are 0 as well.
             let factor = exp::<FMA>(part.max[i] - max);
@@ -265,16 +273,14 @@ fn weigh<const FMA: bool>(state: &mut State, dim: usize) {
             part.acc[i * dim..][..dim].iter_mut().for_each(|a| *a *= factor);
             part.max[i] = max;
         }
-        let sums =
-            std::array::from_fn(|l| (quads[0][l] + quads[1][l]) + (quads[2][l] + quads[3][l]));
-        part.sum[i] += sum16(&sums);
+        part.sum[i] += sum;
     }
 }
 
 /// Adds the weighted values of 16 keys, key by key in ascending order. A key that a query does not
 /// see is never touched for it, so whatever an unused slot holds cannot matter.
 #[inline(always)]
-fn gather<L: lanes::Lanes>(state: &mut State, dim: usize, values: &[f32], part: usize) {
+fn gather<L: lanes::Lanes, E: Element>(state: &mut State, dim: usize, values: &[E], part: usize) {
     let queries = state.scores.len();
     let acc = &mut state.segment.acc;
     let here = |seen: (usize, usize)| {
@@ -291,8 +297,8 @@ fn gather<L: lanes::Lanes>(state: &mut State, dim: usize, values: &[f32], part: 
         let together = n >= 3 && common > from && seen.iter().all(|s| s.0 == seen[0].0);
         if together {
             match n {
-                6 => L::gather::<6>(acc, dim, w, values, part, from..common),
-                _ => L::gather::<3>(acc, dim, w, values, part, from..common),
+                6 => L::gather::<6, E>(acc, dim, w, values, part, from..common),
+                _ => L::gather::<3, E>(acc, dim, w, values, part, from..common),
             }
         }
         for (j, seen) in seen.iter().enumerate() {
@@ -300,7 +306,7 @@ fn gather<L: lanes::Lanes>(state: &mut State, dim: usize, values: &[f32], part: 
             let from = if together { common } else { from };
             if from < to {
                 let acc = &mut acc[j * dim..][..dim];
-                L::gather::<1>(acc, dim, &w[j..], values, part, from..to);
+                L::gather::<1, E>(acc, dim, &w[j..], values, part, from..to);
             }
         }
         i += n;

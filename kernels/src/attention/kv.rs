@@ -1,7 +1,9 @@
 //! The pool of KV pages.
 
 use crate::pool::SendPtr;
-use crate::{KernelError, ThreadPool};
+use crate::{DType, KernelError, ThreadPool};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 /// The shape of a [`KvPool`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,17 +18,20 @@ pub struct KvShape {
     pub page_size: usize,
     /// Pages in the pool.
     pub pages: usize,
+    /// How keys and values are kept: F32, or F16, to which they are rounded (beyond its range to the
+    /// largest finite value).
+    pub dtype: DType,
 }
 
 impl KvShape {
-    /// f32 values of one page, all layers.
+    /// Elements of one page, all layers.
     pub fn page_len(&self) -> usize {
         self.layers * self.layer_len()
     }
 
     /// Bytes of one page, all layers.
     pub fn page_bytes(&self) -> usize {
-        self.page_len() * size_of::<f32>()
+        self.page_len() * self.dtype.block_bytes()
     }
 
     fn layer_len(&self) -> usize {
@@ -35,6 +40,26 @@ impl KvShape {
 
     fn head_len(&self) -> usize {
         self.head_dim * self.page_size
+    }
+
+    fn width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Where the keys and the values of a head begin in a page.
+    fn head_offsets(&self, layer: usize, page: u32, head: usize) -> (usize, usize) {
+        let layer = page as usize * self.page_len() + layer * self.layer_len();
+        let keys = layer + head * self.head_len();
+        (keys, keys + self.kv_heads * self.head_len())
+    }
+
+    fn check_slot(&self, layer: usize, at: KvSlot) {
+        assert!(
+            layer < self.layers
+                && (at.page as usize) < self.pages
+                && (at.slot as usize) < self.page_size,
+            "layer {layer}, {at:?} is outside the KV pool"
+        );
     }
 }
 
@@ -50,13 +75,21 @@ pub struct KvSlot {
 /// Keys and values of all sequences, in pages.
 ///
 /// One page is contiguous, so it is moved or copied as one slice:
-/// `[layer]{ keys [kv_head][head_dim][page_size], values [kv_head][page_size][head_dim] }` in f32.
-/// Keys lie transposed, so that the scores of neighbouring positions are neighbouring lanes. Memory
-/// of pages never written is not touched.
+/// `[layer]{ keys [kv_head][head_dim][page_size], values [kv_head][page_size][head_dim] }`. Keys lie
+/// transposed, so that the scores of neighbouring positions are neighbouring lanes. Memory of pages
+/// never written is not touched.
 #[derive(Debug)]
 pub struct KvPool {
     shape: KvShape,
-    data: Vec<f32>,
+    data: Data,
+    /// Rounded rows on their way into the pages.
+    rounded: [Vec<f16>; 2],
+}
+
+#[derive(Debug)]
+pub(super) enum Data {
+    Single(Vec<f32>),
+    Half(Vec<f16>),
 }
 
 impl KvPool {
@@ -64,7 +97,7 @@ impl KvPool {
     ///
     /// # Errors
     /// [`KernelError::Shape`] for a page size that is no multiple of 16, a head size that is no
-    /// multiple of 4, or a pool beyond the address space.
+    /// multiple of 4, a type other than F32 and F16, or a pool beyond the address space.
     pub fn new(shape: KvShape) -> Result<Self, KernelError> {
         let bad = |what, found| Err(KernelError::Shape { what, found });
         if shape.page_size == 0 || !shape.page_size.is_multiple_of(16) {
@@ -77,10 +110,13 @@ impl KvPool {
             .iter()
             .try_fold(1usize, |a, b| a.checked_mul(*b))
             .filter(|n| *n <= isize::MAX as usize / size_of::<f32>());
-        match total {
-            Some(n) => Ok(KvPool { shape, data: vec![0.0; n] }),
-            None => bad("KV pool too large, pages", shape.pages),
-        }
+        let Some(total) = total else { return bad("KV pool too large, pages", shape.pages) };
+        let data = match shape.dtype {
+            DType::F32 => Data::Single(vec![0.0; total]),
+            DType::F16 => Data::Half(zeroed(total)),
+            other => return bad("KV of a type with elements of bytes", other.block_bytes()),
+        };
+        Ok(KvPool { shape, data, rounded: Default::default() })
     }
 
     /// The pool's shape.
@@ -88,22 +124,53 @@ impl KvPool {
         &self.shape
     }
 
-    /// One page, all layers: what is sent to another node or checksummed.
-    ///
-    /// # Panics
-    /// If the page is not in the pool.
-    pub fn page(&self, page: u32) -> &[f32] {
-        let len = self.shape.page_len();
-        &self.data[page as usize * len..][..len]
+    pub(super) fn data(&self) -> &Data {
+        &self.data
     }
 
-    /// One page, to be overwritten.
+    /// Writes the bytes of one page, all layers, little-endian: what is sent to another node or
+    /// checksummed.
     ///
     /// # Panics
-    /// If the page is not in the pool.
-    pub fn page_mut(&mut self, page: u32) -> &mut [f32] {
+    /// If the page is not in the pool, or `out` is not [`KvShape::page_bytes`] long.
+    pub fn export_page(&self, page: u32, out: &mut [u8]) {
         let len = self.shape.page_len();
-        &mut self.data[page as usize * len..][..len]
+        let range = page as usize * len..(page as usize + 1) * len;
+        assert_eq!(out.len(), self.shape.page_bytes(), "export_page: bytes");
+        match &self.data {
+            Data::Single(d) => {
+                for (b, v) in out.as_chunks_mut().0.iter_mut().zip(&d[range]) {
+                    *b = v.to_le_bytes();
+                }
+            }
+            Data::Half(d) => {
+                for (b, v) in out.as_chunks_mut().0.iter_mut().zip(&d[range]) {
+                    *b = v.to_le_bytes();
+                }
+            }
+        }
+    }
+
+    /// Overwrites one page with the bytes of another one.
+    ///
+    /// # Panics
+    /// As [`KvPool::export_page`].
+    pub fn import_page(&mut self, page: u32, bytes: &[u8]) {
+        let len = self.shape.page_len();
+        assert_eq!(bytes.len(), self.shape.page_bytes(), "import_page: bytes");
+        let range = page as usize * len..(page as usize + 1) * len;
+        match &mut self.data {
+            Data::Single(d) => {
+                for (v, b) in d[range].iter_mut().zip(bytes.as_chunks().0) {
+                    *v = f32::from_le_bytes(*b);
+                }
+            }
+            Data::Half(d) => {
+                for (v, b) in d[range].iter_mut().zip(bytes.as_chunks().0) {
+                    *v = f16::from_le_bytes(*b);
+                }
+            }
+        }
     }
 
     /// Copies a page (copy-on-write).
@@ -112,34 +179,18 @@ impl KvPool {
     /// If a page is not in the pool.
     pub fn copy_page(&mut self, from: u32, to: u32) {
         let len = self.shape.page_len();
+        assert!(from.max(to) < self.shape.pages as u32, "copy_page: {from} to {to}");
         let (from, to) = (from as usize * len, to as usize * len);
-        assert!(to + len <= self.data.len(), "copy_page: target page");
-        self.data.copy_within(from..from + len, to);
-    }
-
-    /// Writes one token's keys and values (`[kv_heads * head_dim]` each).
-    ///
-    /// # Panics
-    /// If the place is not in the pool or a slice has another length.
-    pub fn write(&mut self, layer: usize, at: KvSlot, k: &[f32], v: &[f32]) {
-        let s = self.shape;
-        let width = s.kv_heads * s.head_dim;
-        assert_eq!((k.len(), v.len()), (width, width), "write: keys and values of one token");
-        for head in 0..s.kv_heads {
-            let (keys, values) = self.head_offsets(layer, at.page, head);
-            let slot = self.check_slot(layer, at);
-            for (d, k) in k[head * s.head_dim..][..s.head_dim].iter().enumerate() {
-                self.data[keys + d * s.page_size + slot] = *k;
-            }
-            self.data[values + slot * s.head_dim..][..s.head_dim]
-                .copy_from_slice(&v[head * s.head_dim..][..s.head_dim]);
+        match &mut self.data {
+            Data::Single(d) => d.copy_within(from..from + len, to),
+            Data::Half(d) => d.copy_within(from..from + len, to),
         }
     }
 
     /// Writes the keys and values of a batch (`k` and `v` are `[slots][kv_heads * head_dim]`).
     ///
     /// # Panics
-    /// As [`KvPool::write`].
+    /// If a place is not in the pool or a slice has another length.
     pub fn write_rows(
         &mut self,
         pool: &ThreadPool,
@@ -149,76 +200,102 @@ impl KvPool {
         v: &[f32],
     ) {
         let s = self.shape;
-        let width = s.kv_heads * s.head_dim;
-        assert_eq!(k.len(), slots.len() * width, "write_rows: keys");
-        assert_eq!(v.len(), slots.len() * width, "write_rows: values");
-        if slots.len() < 8 {
-            for (i, at) in slots.iter().enumerate() {
-                self.write(layer, *at, &k[i * width..][..width], &v[i * width..][..width]);
+        assert_eq!(k.len(), slots.len() * s.width(), "write_rows: keys");
+        assert_eq!(v.len(), slots.len() * s.width(), "write_rows: values");
+        slots.iter().for_each(|at| s.check_slot(layer, *at));
+        match &mut self.data {
+            Data::Single(data) => scatter(pool, &s, data, layer, slots, [k, v]),
+            Data::Half(data) => {
+                let [keys, values] = &mut self.rounded;
+                round(k, keys);
+                round(v, values);
+                scatter(pool, &s, data, layer, slots, [keys, values]);
             }
-            return;
         }
-        slots.iter().for_each(|at| {
-            self.check_slot(layer, *at);
-        });
-        let base = SendPtr(self.data.as_mut_ptr());
-        pool.run(s.kv_heads, &|head| {
-            for (i, at) in slots.iter().enumerate() {
-                let (keys, values) = self.head_offsets(layer, at.page, head);
-                let (slot, row) = (at.slot as usize, i * width + head * s.head_dim);
-                for d in 0..s.head_dim {
-                    // SAFETY: `check_slot` found layer, page and slot inside the pool, so the place
-                    // is; tasks write different heads, and `&mut self` keeps everyone else out.
-                    unsafe { *base.at(keys + d * s.page_size + slot) = k[row + d] };
-                }
-                let v = &v[row..row + s.head_dim];
-                // SAFETY: as above.
-                let to = unsafe { base.at(values + slot * s.head_dim) };
-                // SAFETY: as above; `v` is not in the pool.
-                unsafe { std::ptr::copy_nonoverlapping(v.as_ptr(), to, v.len()) };
-            }
-        });
     }
 
     /// Reads one token's keys and values back.
     ///
     /// # Panics
-    /// As [`KvPool::write`].
+    /// As [`KvPool::write_rows`].
     pub fn read(&self, layer: usize, at: KvSlot, k: &mut [f32], v: &mut [f32]) {
-        let s = self.shape;
-        let slot = self.check_slot(layer, at);
+        let s = &self.shape;
+        s.check_slot(layer, at);
+        assert_eq!((k.len(), v.len()), (s.width(), s.width()), "read: one token");
+        let element = |i: usize| match &self.data {
+            Data::Single(d) => d[i],
+            Data::Half(d) => d[i].to_f32(),
+        };
+        let slot = at.slot as usize;
         for head in 0..s.kv_heads {
-            let (keys, values) = self.head_offsets(layer, at.page, head);
+            let (keys, values) = s.head_offsets(layer, at.page, head);
             for d in 0..s.head_dim {
-                k[head * s.head_dim + d] = self.data[keys + d * s.page_size + slot];
-                v[head * s.head_dim + d] = self.data[values + slot * s.head_dim + d];
+                k[head * s.head_dim + d] = element(keys + d * s.page_size + slot);
+                v[head * s.head_dim + d] = element(values + slot * s.head_dim + d);
             }
         }
     }
 
-    fn check_slot(&self, layer: usize, at: KvSlot) -> usize {
-        let s = &self.shape;
-        assert!(
-            layer < s.layers && (at.page as usize) < s.pages && (at.slot as usize) < s.page_size,
-            "layer {layer}, {at:?} is outside the KV pool"
-        );
-        at.slot as usize
-    }
-
-    /// Where the keys and the values of a head begin in a page.
-    fn head_offsets(&self, layer: usize, page: u32, head: usize) -> (usize, usize) {
-        let s = &self.shape;
-        let layer = page as usize * s.page_len() + layer * s.layer_len();
-        let keys = layer + head * s.head_len();
-        (keys, keys + s.kv_heads * s.head_len())
-    }
-
-    /// The keys `[head_dim][page_size]` and values `[page_size][head_dim]` of a head in a page.
-    pub(super) fn head(&self, layer: usize, page: u32, head: usize) -> (&[f32], &[f32]) {
-        let (keys, values) = self.head_offsets(layer, page, head);
+    /// The places of the keys `[head_dim][page_size]` and values `[page_size][head_dim]` of a head in
+    /// a page.
+    pub(super) fn head(
+        &self,
+        layer: usize,
+        page: u32,
+        head: usize,
+    ) -> (std::ops::Range<usize>, std::ops::Range<usize>) {
+        let (keys, values) = self.shape.head_offsets(layer, page, head);
         let len = self.shape.head_len();
-        (&self.data[keys..keys + len], &self.data[values..values + len])
+        (keys..keys + len, values..values + len)
     }
+}
+
+/// Zeros of memory that is not touched yet.
+fn zeroed(len: usize) -> Vec<f16> {
+    let mut zeros = std::mem::ManuallyDrop::new(vec![0u16; len]);
+    // SAFETY: f16 is a transparent u16; the parts are those of a vector that is not dropped.
+    unsafe { Vec::from_raw_parts(zeros.as_mut_ptr().cast(), zeros.len(), zeros.capacity()) }
+}
+
+/// Rounds to the nearest half; beyond its range to its largest value.
+fn round(from: &[f32], to: &mut Vec<f16>) {
+    to.resize(from.len(), f16::ZERO);
+    to.convert_from_f32_slice(from);
+    for v in to {
+        let bits = v.to_bits();
+        let infinite = bits & 0x7fff == 0x7c00;
+        *v = f16::from_bits(if infinite { bits - 1 } else { bits });
+    }
+}
+
+/// Puts rows of keys and values into their pages; the places have been checked.
+fn scatter<E: Copy + Send + Sync>(
+    pool: &ThreadPool,
+    s: &KvShape,
+    data: &mut [E],
+    layer: usize,
+    slots: &[KvSlot],
+    [k, v]: [&[E]; 2],
+) {
+    let base = SendPtr(data.as_mut_ptr());
+    let head = |head: usize| {
+        for (i, at) in slots.iter().enumerate() {
+            let (keys, values) = s.head_offsets(layer, at.page, head);
+            let (slot, row) = (at.slot as usize, i * s.width() + head * s.head_dim);
+            for d in 0..s.head_dim {
+                // SAFETY: layer, page and slot are inside the pool, so the place is; tasks write
+                // different heads, and `&mut` keeps everyone else out.
+                unsafe { *base.at(keys + d * s.page_size + slot) = k[row + d] };
+            }
+            let v = &v[row..row + s.head_dim];
+            // SAFETY: as above.
+            let to = unsafe { base.at(values + slot * s.head_dim) };
+            // SAFETY: as above; `v` is not in the pool.
+            unsafe { std::ptr::copy_nonoverlapping(v.as_ptr(), to, v.len()) };
+        }
+    };
+    // A few tokens are not worth waking a thread.
+    if slots.len() < 8 { (0..s.kv_heads).for_each(head) } else { pool.run(s.kv_heads, &head) }
 }
 
 #[cfg(test)]
@@ -228,33 +305,64 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let shape = KvShape { layers: 3, kv_heads: 3, head_dim: 12, page_size: 16, pages: 5 };
-        let (mut a, mut b) = (KvPool::new(shape).unwrap(), KvPool::new(shape).unwrap());
+        let shape = KvShape {
+            layers: 3,
+            kv_heads: 3,
+            head_dim: 12,
+            page_size: 16,
+            pages: 5,
+            dtype: DType::F32,
+        };
         let pool = ThreadPool::new(2);
-        let mut rng = Rng::new(7);
-        let slots: Vec<_> = (0..40).map(|i| KvSlot { page: 4 - i / 16, slot: i % 16 }).collect();
-        let (k, v) = (rng.floats(40 * 36, 1.0), rng.floats(40 * 36, 1.0));
-        a.write_rows(&pool, 1, &slots, &k, &v);
-        for (i, at) in slots.iter().enumerate() {
-            b.write(1, *at, &k[i * 36..][..36], &v[i * 36..][..36]);
-            let (mut rk, mut rv) = (vec![0.0; 36], vec![0.0; 36]);
-            a.read(1, *at, &mut rk, &mut rv);
-            assert_eq!((&rk[..], &rv[..]), (&k[i * 36..][..36], &v[i * 36..][..36]));
+        for dtype in [DType::F32, DType::F16] {
+            let shape = KvShape { dtype, ..shape };
+            let (mut a, mut b) = (KvPool::new(shape).unwrap(), KvPool::new(shape).unwrap());
+            let mut rng = Rng::new(7);
+            let slots: Vec<_> =
+                (0..40).map(|i| KvSlot { page: 4 - i / 16, slot: i % 16 }).collect();
+            let (k, v) = (rng.floats(40 * 36, 1.0), rng.floats(40 * 36, 1.0));
+            a.write_rows(&pool, 1, &slots, &k, &v);
+            let kept = |x: &[f32]| -> Vec<f32> {
+                let half = |v: &f32| f16::from_f32(*v).to_f32();
+                if dtype == DType::F32 { x.to_vec() } else { x.iter().map(half).collect() }
+            };
+            for (i, at) in slots.iter().enumerate() {
+                let (k, v) = (&k[i * 36..][..36], &v[i * 36..][..36]);
+                b.write_rows(&pool, 1, &[*at], k, v);
+                let (mut rk, mut rv) = (vec![0.0; 36], vec![0.0; 36]);
+                a.read(1, *at, &mut rk, &mut rv);
+                assert_eq!((rk, rv), (kept(k), kept(v)));
+            }
+            let page = |pool: &KvPool, page| {
+                let mut bytes = vec![1; shape.page_bytes()];
+                pool.export_page(page, &mut bytes);
+                bytes
+            };
+            assert!((0..5).all(|p| page(&a, p) == page(&b, p)));
+            a.copy_page(4, 0);
+            assert_eq!(page(&a, 4), page(&a, 0));
+            b.import_page(1, &page(&a, 3));
+            assert_eq!(page(&b, 1), page(&a, 3));
         }
-        assert_eq!(a.data, b.data);
-        a.copy_page(4, 0);
-        assert_eq!(a.page(4), a.page(0));
-        let copy = a.page(3).to_vec();
-        b.page_mut(1).copy_from_slice(&copy);
-        assert_eq!(b.page(1), a.page(3));
+    }
+
+    #[test]
+    fn halves_stay_finite() {
+        let mut to = Vec::new();
+        round(&[1e9, -1e9, 65504.0, 1e-9, f32::NAN, -0.1], &mut to);
+        let back: Vec<f32> = to.iter().map(|v| v.to_f32()).collect();
+        assert_eq!(back[..4], [65504.0, -65504.0, 65504.0, 0.0]);
+        assert!(back[4].is_nan() && (back[5] + 0.1).abs() < 5e-5);
     }
 
     #[test]
     fn bad_shapes_are_refused() {
-        let good = KvShape { layers: 1, kv_heads: 1, head_dim: 4, page_size: 16, pages: 1 };
+        let dtype = DType::F32;
+        let good = KvShape { layers: 1, kv_heads: 1, head_dim: 4, page_size: 16, pages: 1, dtype };
         assert!(KvPool::new(KvShape { page_size: 8, ..good }).is_err());
         assert!(KvPool::new(KvShape { head_dim: 6, ..good }).is_err());
         assert!(KvPool::new(KvShape { pages: usize::MAX, ..good }).is_err());
+        assert!(KvPool::new(KvShape { dtype: DType::Q8_0, ..good }).is_err());
         assert!(KvPool::new(good).is_ok());
     }
 }

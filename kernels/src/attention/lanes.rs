@@ -1,8 +1,59 @@
 //! The two products of attention over 16 keys: plain Rust and AVX-512, same order of sums.
 
 use super::kernel::{KEYS, LANES};
-use crate::math::fma;
+use crate::math::{exp, fma, sum16};
+use half::f16;
 use std::ops::Range;
+
+/// An element of keys and values.
+pub(super) trait Element: Copy {
+    /// Its exact value.
+    fn widen(self) -> f32;
+
+    /// Sixteen values, those outside the mask zero.
+    ///
+    /// # Safety
+    /// The masked elements lie at `p`; the processor has AVX-512 F, BW and VL.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load(mask: u16, p: *const Self) -> std::arch::x86_64::__m512;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load(mask: u16, p: *const Self) -> std::arch::x86_64::__m512 {
+        // SAFETY: the caller's promise.
+        unsafe { std::arch::x86_64::_mm512_maskz_loadu_ps(mask, p) }
+    }
+}
+
+impl Element for f16 {
+    /// Without a branch, so that it becomes vectors.
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        // 2^112, the difference of the exponents' offsets.
+        const SCALE: f32 = f32::from_bits((112 + 127) << 23);
+        let bits = u32::from(self.to_bits());
+        let value = f32::from_bits((bits & 0x7fff) << 13) * SCALE;
+        let special = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+        f32::from_bits(value.to_bits() | special | (bits & 0x8000) << 16)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load(mask: u16, p: *const Self) -> std::arch::x86_64::__m512 {
+        use std::arch::x86_64::{_mm256_maskz_loadu_epi16, _mm512_cvtph_ps};
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p.cast())) }
+    }
+}
 
 /// How the products are computed.
 ///
@@ -11,21 +62,26 @@ use std::ops::Range;
 pub(super) trait Lanes {
     /// `scores[i] = q[i] · keys` for `N` queries: a chain of products over the even and one over the
     /// odd elements, then their sum.
-    fn score<const N: usize>(
+    fn score<const N: usize, E: Element>(
         q: &[f32],
         dim: usize,
-        keys: &[f32],
+        keys: &[E],
         stride: usize,
         part: usize,
         scores: &mut [[f32; KEYS]],
     );
 
+    /// Turns the scores of a query's keys `seen` into weights relative to the larger one of their
+    /// maximum and `before`; those of the other keys become 0. Returns that maximum and the weights'
+    /// sum.
+    fn weigh(scores: &mut [f32; KEYS], seen: (usize, usize), before: f32) -> (f32, f32);
+
     /// `acc[i] += weights[i] · values` for `N` queries over the keys `seen`, in ascending order.
-    fn gather<const N: usize>(
+    fn gather<const N: usize, E: Element>(
         acc: &mut [f32],
         dim: usize,
         weights: &[[f32; KEYS]],
-        values: &[f32],
+        values: &[E],
         part: usize,
         seen: Range<usize>,
     );
@@ -36,21 +92,22 @@ pub(super) struct Plain<const FMA: bool>;
 
 impl<const FMA: bool> Lanes for Plain<FMA> {
     #[inline(always)]
-    fn score<const N: usize>(
+    fn score<const N: usize, E: Element>(
         q: &[f32],
         dim: usize,
-        keys: &[f32],
+        keys: &[E],
         stride: usize,
         part: usize,
         scores: &mut [[f32; KEYS]],
     ) {
         let mut acc = [[[0f32; LANES]; 2]; N];
         for d in 0..dim {
-            let k: &[f32; LANES] = keys[d * stride..].first_chunk().expect("16 keys");
+            let k: &[E; LANES] = keys[d * stride..].first_chunk().expect("16 keys");
+            let k = k.map(E::widen);
             for (i, acc) in acc.iter_mut().enumerate() {
                 let x = q[i * dim + d];
                 for (a, k) in acc[d % 2].iter_mut().zip(k) {
-                    *a = fma::<FMA>(x, *k, *a);
+                    *a = fma::<FMA>(x, k, *a);
                 }
             }
         }
@@ -62,18 +119,35 @@ impl<const FMA: bool> Lanes for Plain<FMA> {
     }
 
     #[inline(always)]
-    fn gather<const N: usize>(
+    fn weigh(scores: &mut [f32; KEYS], (from, to): (usize, usize), before: f32) -> (f32, f32) {
+        for (lane, s) in scores.iter_mut().enumerate() {
+            *s = if lane >= from && lane < to { *s } else { f32::NEG_INFINITY };
+        }
+        let larger = |a: f32, b: f32| if a > b { a } else { b };
+        let max = scores.iter().fold(before, |max, s| larger(*s, max));
+        let mut sums = [0f32; LANES];
+        for part in scores.as_chunks_mut::<LANES>().0 {
+            for (s, sum) in part.iter_mut().zip(&mut sums) {
+                *s = exp::<FMA>(*s - max);
+                *sum += *s;
+            }
+        }
+        (max, sum16(&sums))
+    }
+
+    #[inline(always)]
+    fn gather<const N: usize, E: Element>(
         acc: &mut [f32],
         dim: usize,
         weights: &[[f32; KEYS]],
-        values: &[f32],
+        values: &[E],
         part: usize,
         seen: Range<usize>,
     ) {
         for (acc, w) in acc.chunks_exact_mut(dim).zip(weights).take(N) {
             for key in seen.clone() {
                 for (a, v) in acc.iter_mut().zip(&values[key * dim..]) {
-                    *a = fma::<FMA>(w[part * LANES + key], *v, *a);
+                    *a = fma::<FMA>(w[part * LANES + key], v.widen(), *a);
                 }
             }
         }
@@ -85,7 +159,7 @@ pub(super) use avx512::Avx512;
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{KEYS, LANES, Lanes, Range};
+    use super::{Element, KEYS, LANES, Lanes, Range};
     use std::arch::x86_64::*;
 
     /// AVX-512; to be used only by code compiled for it on a processor that has it.
@@ -93,10 +167,10 @@ mod avx512 {
 
     impl Lanes for Avx512 {
         #[inline(always)]
-        fn score<const N: usize>(
+        fn score<const N: usize, E: Element>(
             q: &[f32],
             dim: usize,
-            keys: &[f32],
+            keys: &[E],
             stride: usize,
             part: usize,
             scores: &mut [[f32; KEYS]],
@@ -104,15 +178,21 @@ mod avx512 {
             assert!(q.len() >= N * dim && keys.len() >= (dim - 1) * stride + LANES);
             assert!(scores.len() >= N && part < KEYS / LANES && dim.is_multiple_of(2));
             // SAFETY: the lengths were just checked; the processor has AVX-512.
-            unsafe { score::<N>(q.as_ptr(), dim, keys.as_ptr(), stride, part, scores) }
+            unsafe { score::<N, E>(q.as_ptr(), dim, keys.as_ptr(), stride, part, scores) }
         }
 
         #[inline(always)]
-        fn gather<const N: usize>(
+        fn weigh(scores: &mut [f32; KEYS], seen: (usize, usize), before: f32) -> (f32, f32) {
+            // SAFETY: the processor has AVX-512.
+            unsafe { weigh(scores, seen, before) }
+        }
+
+        #[inline(always)]
+        fn gather<const N: usize, E: Element>(
             acc: &mut [f32],
             dim: usize,
             weights: &[[f32; KEYS]],
-            values: &[f32],
+            values: &[E],
             part: usize,
             seen: Range<usize>,
         ) {
@@ -123,13 +203,13 @@ mod avx512 {
             // processor has AVX-512.
             while d + 64 <= dim {
                 // SAFETY: as above.
-                unsafe { columns::<N, 4>(acc, dim, d, 16, weights, values, part, &seen) };
+                unsafe { columns::<N, 4, E>(acc, dim, d, 16, weights, values, part, &seen) };
                 d += 64;
             }
             while d < dim {
                 let width = (dim - d).min(16);
                 // SAFETY: as above.
-                unsafe { columns::<N, 1>(acc, dim, d, width, weights, values, part, &seen) };
+                unsafe { columns::<N, 1, E>(acc, dim, d, width, weights, values, part, &seen) };
                 d += width;
             }
         }
@@ -138,11 +218,11 @@ mod avx512 {
     /// # Safety
     /// `q` is `[N][dim]` with an even `dim`, `keys` is `[dim][stride]` up to 16 of the last row,
     /// there are `N` rows of scores, the part exists, and the processor has AVX-512.
-    #[target_feature(enable = "avx512f")]
-    unsafe fn score<const N: usize>(
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn score<const N: usize, E: Element>(
         q: *const f32,
         dim: usize,
-        keys: *const f32,
+        keys: *const E,
         stride: usize,
         part: usize,
         scores: &mut [[f32; KEYS]],
@@ -152,7 +232,7 @@ mod avx512 {
             // SAFETY: `d + 1 < dim`.
             unsafe {
                 let k = keys.add(d * stride);
-                let (even, odd) = (_mm512_loadu_ps(k), _mm512_loadu_ps(k.add(stride)));
+                let (even, odd) = (E::load(u16::MAX, k), E::load(u16::MAX, k.add(stride)));
                 for (i, acc) in acc.iter_mut().enumerate() {
                     let x = q.add(i * dim + d);
                     acc[0] = _mm512_fmadd_ps(_mm512_set1_ps(*x), even, acc[0]);
@@ -167,20 +247,73 @@ mod avx512 {
         }
     }
 
+    /// # Safety
+    /// The processor has AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn weigh(
+        scores: &mut [f32; KEYS],
+        (from, to): (usize, usize),
+        before: f32,
+    ) -> (f32, f32) {
+        // `from < to <= 64`.
+        let mask = (u64::MAX >> (KEYS - to)) & (u64::MAX << from);
+        let hidden = _mm512_set1_ps(f32::NEG_INFINITY);
+        let mut s = [hidden; KEYS / LANES];
+        for (i, s) in s.iter_mut().enumerate() {
+            let mask = (mask >> (i * LANES)) as __mmask16;
+            // SAFETY: sixteen scores.
+            *s = unsafe { _mm512_mask_loadu_ps(hidden, mask, scores.as_ptr().add(i * LANES)) };
+        }
+        let top = _mm512_max_ps(_mm512_max_ps(s[0], s[1]), _mm512_max_ps(s[2], s[3]));
+        let max = _mm512_reduce_max_ps(_mm512_max_ps(top, _mm512_set1_ps(before)));
+        let wide = _mm512_set1_ps(max);
+        for (i, s) in s.iter_mut().enumerate() {
+            // SAFETY: the processor has AVX-512; sixteen scores.
+            unsafe {
+                *s = exp(_mm512_sub_ps(*s, wide));
+                _mm512_storeu_ps(scores.as_mut_ptr().add(i * LANES), *s);
+            }
+        }
+        let sum = _mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3]));
+        (max, _mm512_reduce_add_ps(sum))
+    }
+
+    /// e^x for x ≤ 0, as in [`crate::math::exp`].
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512dq")]
+    unsafe fn exp(x: __m512) -> __m512 {
+        let c = _mm512_set1_ps;
+        let n = _mm512_roundscale_ps::<0>(_mm512_mul_ps(x, c(std::f32::consts::LOG2_E)));
+        let r = _mm512_fnmadd_ps(n, c(0.693_359_4), x);
+        let r = _mm512_fnmadd_ps(n, c(-2.121_944_4e-4), r);
+        let p = _mm512_fmadd_ps(c(1.987_569_1e-4), r, c(1.398_199_9e-3));
+        let p = _mm512_fmadd_ps(p, r, c(8.333_452e-3));
+        let p = _mm512_fmadd_ps(p, r, c(4.166_579_6e-2));
+        let p = _mm512_fmadd_ps(p, r, c(1.666_666_5e-1));
+        let p = _mm512_fmadd_ps(p, r, c(0.5));
+        let p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), c(1.0));
+        // What is below the normal range is 0, NaN stays.
+        let small = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, c(-87.3));
+        _mm512_mask_blend_ps(small, _mm512_scalef_ps(p, n), _mm512_setzero_ps())
+    }
+
     /// `V` vectors of columns from `d` on; of a single one only `width` columns exist.
     ///
     /// # Safety
     /// `acc` is `[N][dim]`, `values` holds the keys `seen`, the columns and the part exist, and the
     /// processor has AVX-512.
     #[allow(clippy::too_many_arguments)]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn columns<const N: usize, const V: usize>(
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn columns<const N: usize, const V: usize, E: Element>(
         acc: &mut [f32],
         dim: usize,
         d: usize,
         width: usize,
         weights: &[[f32; KEYS]],
-        values: &[f32],
+        values: &[E],
         part: usize,
         seen: &Range<usize>,
     ) {
@@ -198,7 +331,7 @@ mod avx512 {
             for key in seen.clone() {
                 let mut v = [_mm512_setzero_ps(); V];
                 for (c, v) in v.iter_mut().enumerate() {
-                    *v = _mm512_maskz_loadu_ps(mask, values.add(key * dim + c * 16));
+                    *v = E::load(mask, values.add(key * dim + c * 16));
                 }
                 for (i, sum) in sum.iter_mut().enumerate() {
                     let w = weights.get_unchecked(i).get_unchecked(part * LANES + key);

@@ -1,4 +1,5 @@
 use super::*;
+use crate::DType;
 use crate::testing::Rng;
 
 /// One sequence's keys and values in scattered pages, and the plain attention over them.
@@ -18,18 +19,22 @@ impl Case {
         let mut rng = Rng::new(seed);
         let mut kv = KvPool::new(shape).unwrap();
         // Whatever was left in a page must not be seen.
-        (0..shape.pages as u32).for_each(|p| kv.page_mut(p).fill(f32::NAN));
+        let nan = vec![0xff; shape.page_bytes()];
+        (0..shape.pages as u32).for_each(|p| kv.import_page(p, &nan));
         let mut pages: Vec<u32> = (0..shape.pages as u32).collect();
         for i in (1..pages.len()).rev() {
             pages.swap(i, rng.below(i + 1));
         }
         let width = shape.kv_heads * shape.head_dim;
-        let (k, v) = (rng.floats(len * width, scale), rng.floats(len * width, 1.0));
+        let (mut k, mut v) = (rng.floats(len * width, scale), rng.floats(len * width, 1.0));
         let q = rng.floats(len * heads * shape.head_dim, scale);
         for p in 0..len {
             let at =
                 KvSlot { page: pages[p / shape.page_size], slot: (p % shape.page_size) as u32 };
-            kv.write(1, at, &k[p * width..][..width], &v[p * width..][..width]);
+            let (k, v) = (&mut k[p * width..][..width], &mut v[p * width..][..width]);
+            kv.write_rows(&ThreadPool::new(1), 1, &[at], k, v);
+            // What is kept counts.
+            kv.read(1, at, k, v);
         }
         Case { shape, heads, kv, pages, k, v, q, len }
     }
@@ -92,7 +97,9 @@ fn cases() -> Vec<Case> {
         head_dim,
         page_size,
         pages: len.div_ceil(page_size) + 2,
+        dtype: DType::F32,
     };
+    let half = |shape| KvShape { dtype: DType::F16, ..shape };
     vec![
         Case::new(1, shape(1, 4, 16, 1), 1, 1, 1.0),
         Case::new(2, shape(4, 8, 16, 77), 8, 77, 1.0),
@@ -100,6 +107,8 @@ fn cases() -> Vec<Case> {
         Case::new(4, shape(2, 128, 64, 131), 12, 131, 3.0),
         Case::new(5, shape(1, 84, 16, 600), 30, 600, 0.3),
         Case::new(6, shape(1, 20, 48, 50), 2, 50, 30.0),
+        Case::new(7, half(shape(3, 64, 16, 300)), 9, 300, 1.0),
+        Case::new(8, half(shape(2, 20, 48, 90)), 12, 90, 3.0),
     ]
 }
 

@@ -13,7 +13,7 @@ mod probe;
 
 use std::sync::Arc;
 
-use headstart_kernels::{KvPool, KvShape, RopeAngles, ThreadPool};
+use headstart_kernels::{DType, KvPool, KvShape, RopeAngles, ThreadPool};
 
 use super::{Executor, ExecutorError, Found, KvDtype, KvFormat, KvLayout, Limits, PageId, Row};
 use crate::collective::{Alone, Collective, RankLost};
@@ -106,6 +106,7 @@ impl CpuExecutor {
             head_dim: config.head_dim,
             page_size,
             pages,
+            dtype: model.kv_dtype(),
         };
         let kv = KvPool::new(shape)
             .map_err(|e| ExecutorError { message: format!("KV pool: {e}"), fatal: true })?;
@@ -164,24 +165,20 @@ impl CpuExecutor {
 
     /// What pages are that `ranks` of these make together.
     fn kv_format_of(&self, ranks: usize) -> KvFormat {
-        let KvShape { layers, head_dim, page_size, .. } = *self.kv.shape();
+        let KvShape { layers, head_dim, page_size, dtype, .. } = *self.kv.shape();
         let (model, kv_heads) = (self.model.hash(), self.model.kv_heads());
-        let layout =
-            KvLayout { page_size, layers, kv_heads, head_dim, dtype: KvDtype::F32, tp: ranks };
+        let dtype = if dtype == DType::F32 { KvDtype::F32 } else { KvDtype::F16 };
+        let layout = KvLayout { page_size, layers, kv_heads, head_dim, dtype, tp: ranks };
         KvFormat { model, layout }
     }
 
     /// Copies this rank's part of a page; the pool's own layout is that of [`KvLayout`].
     fn copy_page_out(&self, page: PageId, out: &mut [u8]) {
-        for (bytes, float) in out.as_chunks_mut::<4>().0.iter_mut().zip(self.kv.page(page.0)) {
-            *bytes = float.to_le_bytes();
-        }
+        self.kv.export_page(page.0, out);
     }
 
     fn copy_page_in(&mut self, page: PageId, data: &[u8]) {
-        for (float, bytes) in self.kv.page_mut(page.0).iter_mut().zip(data.as_chunks::<4>().0) {
-            *float = f32::from_le_bytes(*bytes);
-        }
+        self.kv.import_page(page.0, data);
     }
 
     /// Refuses a batch that would reach outside the model or the pool.
