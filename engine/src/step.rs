@@ -1,11 +1,11 @@
 //! The life of a token on one screen: plan → execute → commit.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::core::pages::{Page, PagePool};
-use crate::core::prefix::PrefixCache;
+use crate::core::prefix::{PrefixCache, followers};
 use crate::core::scheduler::{self, Budget, Demand, Plan, SequenceId};
 use crate::core::sequence::{Event, Request, Sequence};
 use crate::exchange::{ExportLog, ExportedPage, ImportError, Imported, IncomingPage};
@@ -37,6 +37,8 @@ pub struct Engine {
     sequences: BTreeMap<SequenceId, Sequence>,
     /// The last plan's oldest sequence without a page.
     starved: Option<SequenceId>,
+    /// Sequences whose beginning an older one is computing.
+    followers: BTreeSet<SequenceId>,
     next_id: u64,
     counters: Counters,
     /// Who follows the sequences' pages.
@@ -58,6 +60,7 @@ impl Engine {
             prefixes: PrefixCache::new(limits.page_size),
             sequences: BTreeMap::new(),
             starved: None,
+            followers: BTreeSet::new(),
             next_id: 0,
             counters: Counters::default(),
             exports: BTreeMap::new(),
@@ -234,8 +237,16 @@ impl Engine {
 
     /// Gives the sequences that this step may begin what the prefix cache has for them.
     fn reuse_prefixes(&mut self) {
+        // One that waits for its draft keeps nobody waiting for its prompt.
+        let awaits = |sequence: &Sequence| self.waits_for_drafts && sequence.awaits_draft();
+        let all = self.sequences.iter().filter(|(_, sequence)| !awaits(sequence));
+        let all = all.map(|(&id, sequence)| (id, sequence));
+        self.followers = followers(all, self.limits.page_size);
         let mut budget = self.step_tokens;
         for (&id, sequence) in &mut self.sequences {
+            if self.followers.contains(&id) {
+                continue;
+            }
             if budget == 0 || self.starved.is_some_and(|starved| starved < id) {
                 return;
             }
@@ -257,7 +268,7 @@ impl Engine {
             .iter()
             .map(|(&id, sequence)| Demand {
                 id,
-                work: self.work(sequence),
+                work: if self.followers.contains(&id) { 0 } else { self.work(sequence) },
                 prefilling: sequence.is_prefilling(),
                 computed: sequence.computed(),
                 pages: sequence.pages.len(),

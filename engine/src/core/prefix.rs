@@ -8,6 +8,8 @@
 use std::collections::{BTreeSet, HashMap};
 
 use super::pages::{Page, PageTable};
+use super::scheduler::SequenceId;
+use super::sequence::Sequence;
 use crate::executor::TokenId;
 
 /// Names a node of the tree; the root is 0.
@@ -142,6 +144,33 @@ impl PrefixCache {
         self.leaves.insert((self.clock, id));
         id
     }
+}
+
+/// The sequences that should wait: an older one is computing whole pages that they begin with as well
+/// (several answers to one prompt, a system prompt that many share). They find them in the cache when
+/// it is there, so nothing is computed twice. `sequences` are in order of age, oldest first.
+pub fn followers<'a>(
+    sequences: impl Iterator<Item = (SequenceId, &'a Sequence)>,
+    page_size: usize,
+) -> BTreeSet<SequenceId> {
+    let mut leaders: Vec<(&[TokenId], usize)> = Vec::new();
+    let mut followers = BTreeSet::new();
+    for (id, sequence) in sequences {
+        let own = sequence.reusable();
+        let common = |tokens: &[TokenId]| {
+            let (own, tokens) = (own.chunks_exact(page_size), tokens.chunks_exact(page_size));
+            own.zip(tokens).take_while(|(a, b)| a == b).count() * page_size
+        };
+        if leaders.iter().any(|(tokens, computed)| common(tokens) > *computed) {
+            followers.insert(id);
+            continue;
+        }
+        let (tokens, computed) = sequence.prefilling();
+        if tokens.len() >= page_size {
+            leaders.push((tokens, computed));
+        }
+    }
+    followers
 }
 
 #[cfg(test)]

@@ -268,6 +268,14 @@ impl Sequence {
         if self.computed == 0 { &self.tokens[..self.first_probe()] } else { &[] }
     }
 
+    /// The tokens whose KV this sequence is about to put into the prefix cache, and how many of them
+    /// it has computed; none unless it is prefilling.
+    #[must_use]
+    pub fn prefilling(&self) -> (&[TokenId], usize) {
+        let end = if self.is_prefilling() { self.first_probe().min(self.prompt_len) } else { 0 };
+        (&self.tokens[..end], self.computed.min(end))
+    }
+
     /// Takes over the KV of the first `pages.len() * page_size` tokens.
     pub fn reuse(&mut self, pages: Vec<Page>, page_size: usize) {
         self.computed = pages.len() * page_size;
