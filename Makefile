@@ -4,7 +4,7 @@ CARGO ?= cargo
 HEADSTART = target/release/headstart
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full overload sim verify fix bench chaos fuzz soak build setup setup-test
+.PHONY: help demo test test-full overload sim sim-sabotage verify fix bench chaos fuzz soak build setup setup-test
 
 help: ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ SIM = $(CARGO) run --release --locked -q -p headstart-sim --
 
 sim: setup ## Simulate SEEDS=n whole clusters with faults and check what must hold in them
 	@$(SIM) --seeds $(SEEDS)
+
+sim-sabotage: setup ## Build a deliberate bug in, and show the seed that catches it
+	@$(CARGO) run --release --locked -q -p headstart-sim --features sabotage-window -- --seeds 2000 --expect-failure
 
 verify: setup ## Check format, lints, documentation and dependencies; writes nothing to the sources
 	$(CARGO) fmt --all --check

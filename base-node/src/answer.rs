@@ -187,6 +187,9 @@ impl Answer {
     fn release_draft(&mut self) {
         let scored = self.scores.len();
         let mut certain = certain_tokens(self.window, self.draft.len(), scored, self.kept);
+        if cfg!(feature = "sabotage-window") {
+            certain = self.draft.len();
+        }
         if self.wants_logprobs {
             certain = certain.min(self.judged_from + self.judged.len());
         }
