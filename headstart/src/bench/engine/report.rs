@@ -333,14 +333,14 @@ tokens/s  headstart      min … max
 pp512          2000    1990 … 2100
 tg128         90.00  90.00 … 90.00
 
-memory reads at        20.0 GB/s                   18.0 … 21.0
-decoding reads at       8.1 GB/s                    40 % of it
-a step reads               90 MB
-weights                    98 MB
-peak memory               130 MB               1.30 × the file
-reading a prompt does  50 Gop/s
-f32 vectors do        100 Gop/s  a prompt takes 50.0 % of it
-byte tiles do        4000 Gop/s   a prompt takes 1.3 % of it
+memory reads at         20.0 GB/s                  18.0 … 21.0
+decoding reads at        8.1 GB/s                   40 % of it
+a step reads                90 MB
+weights                     98 MB
+peak memory                130 MB              1.30 × the file
+reading a prompt does    50 Gop/s
+f32 vectors do          100 Gop/s  a prompt takes 50.0 % of it
+byte tiles do          4000 Gop/s   a prompt takes 1.2 % of it
 ";
         assert_eq!(plain(&report(false)), expected);
     }

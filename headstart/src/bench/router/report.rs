@@ -198,7 +198,7 @@ mod tests {
         let text = plain(&report(peers));
         assert!(text.contains("requests/s: 1.67 × fast==1"), "{text}");
         assert!(text.contains("130.0 µs beside 125.0 µs (slow==2 and the rendering)"), "{text}");
-        assert!(text.contains("headstart        1000  900.0 … 1200            130.0"), "{text}");
+        assert!(text.contains("headstart        1000   900.0 … 1200            130.0"), "{text}");
         let alone = plain(&report(Vec::new()));
         assert!(!alone.contains("requests/s:") && alone.contains("takes 40.00 µs"), "{alone}");
     }
