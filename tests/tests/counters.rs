@@ -81,7 +81,7 @@ fn nothing_is_computed_twice() {
         expected += tokens;
         switched += u32::from(body["headstart"]["switched"] == true);
     }
-    assert!(switched >= 1 && switched <= 3, "both kinds of drafts were read: {switched}");
+    assert!((1..=3).contains(&switched), "both kinds of drafts were read: {switched}");
     let computed = Computed::settled(&client, expected);
     println!("{expected} expected, {computed:?}");
     assert_eq!(computed.extended + computed.reused, expected + computed.cut);

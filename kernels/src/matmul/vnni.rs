@@ -155,7 +155,7 @@ unsafe fn group<F: Format, const M: usize>(
         let q = F::quants(weights);
         let per32 = 8 / F::VECTORS;
         let levels = at.levels.add(j / per32 * at.stride + j % per32 * 16);
-        for r in 0..M {
+        for (r, acc) in a.iter_mut().enumerate() {
             let x = levels.add(r * 64).cast::<i32>();
             let (mut hi, mut lo) = (_mm512_setzero_si512(), _mm512_setzero_si512());
             if let Some(shift) = F::SHIFT {
@@ -170,11 +170,11 @@ unsafe fn group<F: Format, const M: usize>(
                 lo = _mm512_dpbusd_epi32(lo, *q, _mm512_set1_epi32(x.add(8 + i).read_unaligned()));
             }
             let isum = _mm512_add_epi32(_mm512_slli_epi32::<HIGH_SHIFT>(hi), lo);
-            a[r] = _mm512_fmadd_ps(scales.s[j], _mm512_cvtepi32_ps(isum), a[r]);
+            *acc = _mm512_fmadd_ps(scales.s[j], _mm512_cvtepi32_ps(isum), *acc);
             if F::MINS {
                 let i = at.x.sum_at(at.row + r, at.block * 8 + j);
                 let xsum = _mm512_set1_ps(*at.x.sums.get_unchecked(i));
-                a[r] = _mm512_fmadd_ps(scales.m[j], xsum, a[r]);
+                *acc = _mm512_fmadd_ps(scales.m[j], xsum, *acc);
             }
         }
     }

@@ -75,7 +75,7 @@ struct Options {
     /// How drafts travel: auto, ids or text
     #[arg(long, default_value = "auto")]
     encoding: String,
-    /// Where logs and failed streams go [default: chaos-runs/<time> beside the binary]
+    /// Where logs and failed streams go [default: a folder of its own in chaos-runs beside the binary]
     #[arg(long)]
     folder: Option<PathBuf>,
 }

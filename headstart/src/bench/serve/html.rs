@@ -112,7 +112,7 @@ fn cards(report: &Report) -> String {
 fn plots(report: &Report) -> Vec<(&'static str, String)> {
     let ms = |value: f64| value * 1e3;
     let all = |times: &dyn Fn(&super::sample::Sample) -> Vec<f64>| -> Vec<f64> {
-        report.samples.iter().filter(|s| s.error.is_none()).flat_map(|s| times(s)).map(ms).collect()
+        report.samples.iter().filter(|s| s.error.is_none()).flat_map(times).map(ms).collect()
     };
     let ttft = all(&|sample| sample.ttft.into_iter().collect());
     let total = all(&|sample| vec![sample.total]);
