@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use common::{Runner, fixtures, load, load_parts, target_at};
 use headstart_engine::Sampling;
+use headstart_engine::executor::cuda::{self, CudaExecutor, CudaOptions};
 use headstart_engine::model::{Model, WeightDtype};
 use serde::Deserialize;
 
@@ -86,6 +87,30 @@ fn smollm2_scores_and_continues_the_same_on_two_and_four_ranks() {
         let mut runner = Runner::parallel(&weights, 2, 256);
         base(&mut runner, &cases("smollm2_to_smollm2.jsonl"));
     }
+}
+
+/// The same, and the capital of France on Q4_1 weights, where there is a GPU.
+#[test]
+fn smollm2_on_a_gpu_does_as_the_golden_files_say() {
+    if cuda::devices() == 0 {
+        eprintln!("SKIPPED smollm2_on_a_gpu_does_as_the_golden_files_say: there is no GPU");
+        return;
+    }
+    let Some(path) = path(SMOLLM2) else { return };
+    let cases = cases("smollm2_to_smollm2.jsonl");
+    let runner = |dtype| {
+        let model = cuda::load(&path, dtype, 0, None, &mut |_| ()).expect("there is a GPU");
+        let options = CudaOptions { kv_tokens: common::KV_TOKENS, ..CudaOptions::default() };
+        Runner::on(Box::new(CudaExecutor::new(model, &options).expect("it has memory")))
+    };
+    let mut exact = runner(WeightDtype::F32);
+    let drafts = cases.iter().filter(|case| safe(case.margins.draft_logit_gap));
+    write_all(&mut exact, drafts.map(|c| (c, c.drafter_prompt_ids.clone(), &c.draft_ids)));
+    base(&mut exact, &cases);
+    let (mut quantised, case) = (runner(WeightDtype::Auto), &cases[0]);
+    let mut one = [quantised.sequence(&case.drafter_prompt_ids, &Sampling::default())];
+    quantised.generate(&mut one, case.draft_ids.len());
+    assert_eq!(&one[0].tokens[case.drafter_prompt_ids.len()..], case.draft_ids);
 }
 
 /// Weights as the file has them must not change the answer: with 8-bit activations on Q4_1 weights

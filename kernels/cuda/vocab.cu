@@ -182,7 +182,8 @@ __device__ u64 block_total(u64 x, u64* shared) {
 }
 
 /// Draws one token a block. `work[i][vocab]` holds the penalised logits, then weights relative to
-/// the likeliest; `penalties` are pairs of a token and what is taken from its logit.
+/// the likeliest; `penalties` are pairs of a token and what is taken from its logit. `sampled[i]` gets
+/// the token and its logit as the model gave it.
 KERNEL(512, sample_tokens, const float* logits, u32 vocab, const SampleArgs* args,
        const float* penalties, float* work, u32* sampled) {
     __shared__ Best bests[32];
@@ -209,7 +210,11 @@ KERNEL(512, sample_tokens, const float* logits, u32 vocab, const SampleArgs* arg
     best = block_best(best, bests);
     bool finite = best.value > minus_infinity() && best.value < float_from_bits(0x7f800000u);
     if (a.temperature == 0.f || !finite) {
-        if (t == 0) sampled[blockIdx.x] = best.at == 0xffffffffu ? 0 : best.at;
+        if (t == 0) {
+            u32 token = best.at == 0xffffffffu ? 0 : best.at;
+            sampled[2 * blockIdx.x] = token;
+            sampled[2 * blockIdx.x + 1] = __float_as_uint(row[token]);
+        }
         return;
     }
     for (u32 i = t; i < vocab; i += blockDim.x) w[i] = (w[i] - best.value) / a.temperature;
@@ -247,7 +252,8 @@ KERNEL(512, sample_tokens, const float* logits, u32 vocab, const SampleArgs* arg
         if (sort_key(w[i], i) < floor) continue;
         before += mass(w[i]);
         if (before > target) {
-            sampled[blockIdx.x] = i;
+            sampled[2 * blockIdx.x] = i;
+            sampled[2 * blockIdx.x + 1] = __float_as_uint(row[i]);
             return;
         }
     }

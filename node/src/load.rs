@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use headstart_engine::executor::cpu::{self, CpuOptions};
-use headstart_engine::model::{LoadError, LoadOptions, WeightDtype, Weights};
+use headstart_engine::executor::device::{DeviceChoice, Placed};
+use headstart_engine::model::{LoadOptions, WeightDtype};
 use headstart_engine::{EngineHandle, EngineOptions};
 use headstart_service::node::NodeError;
 use headstart_service::options::ModelOptions;
@@ -22,17 +22,16 @@ pub fn load(
     let dtype: WeightDtype = options.dtype.parse().map_err(|_| {
         failed(format!("--dtype: expected auto, f32 or bf16, found {:?}", options.dtype))
     })?;
+    let device: DeviceChoice =
+        options.device.parse().map_err(|error| failed(format!("--device: {error}")))?;
     let text = ModelText::load(&options.model)
         .and_then(|text| text.with_base_prompt(base_prompt))
         .map_err(|error| failed(error.to_string()))?;
     let threads = options.threads();
     let load = LoadOptions { dtype, threads };
-    let weights = load_weights(&options.model, load, options.tp)
-        .map_err(|error| failed(error.to_string()))?;
-    let context = weights.config().context_length;
-    let cpu =
-        CpuOptions { threads, kv_tokens: options.kv_tokens(context), ..CpuOptions::default() };
-    let executor = cpu::executor(&weights, cpu).map_err(|error| failed(error.message))?;
+    let model = place(&options.model, device, load, options.tp).map_err(failed)?;
+    let kv_tokens = options.kv_tokens(model.config().context_length);
+    let executor = model.executor(threads, kv_tokens).map_err(|error| failed(error.message))?;
     let engine = EngineOptions {
         slots: options.slots,
         step_tokens: options.step_tokens,
@@ -42,9 +41,14 @@ pub fn load(
 }
 
 /// Loads the weights; every tenth of them is a log line.
-fn load_weights(path: &Path, options: LoadOptions, tp: usize) -> Result<Weights, LoadError> {
+fn place(
+    path: &Path,
+    device: DeviceChoice,
+    options: LoadOptions,
+    tp: usize,
+) -> Result<Placed, String> {
     let mut told = 0;
-    Weights::load(path, options, tp, &mut |progress| {
+    Placed::load(path, device, options, tp, &mut |progress| {
         let tenth = 10 * progress.bytes_loaded / progress.bytes_total.max(1);
         if tenth > told {
             told = tenth;

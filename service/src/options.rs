@@ -140,6 +140,9 @@ pub struct ModelOptions {
     /// How weights are kept: as the file has them, or expanded
     #[arg(long, env = "HEADSTART_DTYPE", value_parser = ["auto", "f32", "bf16"], default_value = "auto")]
     pub dtype: String,
+    /// Where the model runs: on a GPU if there is one, on the CPU, or on a GPU and nowhere else
+    #[arg(long, env = "HEADSTART_DEVICE", value_parser = ["auto", "cpu", "cuda"], default_value = "auto")]
+    pub device: String,
     /// Threads that compute [default: one for each core]
     #[arg(long, env = "HEADSTART_THREADS", value_name = "N", value_parser = count(1024))]
     pub threads: Option<usize>,

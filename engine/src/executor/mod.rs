@@ -1,6 +1,8 @@
 //! What runs a model: one narrow trait, with a real and a fake implementation beside it.
 
 pub mod cpu;
+pub mod cuda;
+pub mod device;
 pub mod fake;
 pub mod kv;
 

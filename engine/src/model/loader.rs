@@ -330,13 +330,13 @@ impl<'a> Loader<'a> {
 
 /// Where row `to` of a rotate-half head lies in interleaved order: pair `i` is `(2i, 2i + 1)` there
 /// and `(i, i + half)` here.
-fn interleaved_index(to: usize, half: usize) -> usize {
+pub(super) fn interleaved_index(to: usize, half: usize) -> usize {
     let (head, within) = (to / (2 * half), to % (2 * half));
     head * 2 * half + 2 * (within % half) + within / half
 }
 
 /// Reorders whole rows; their bytes stay as they are, quantised or not.
-fn half_split(bytes: &[u8], rows: usize, head_dim: usize, out: &mut Vec<u8>) {
+pub(super) fn half_split(bytes: &[u8], rows: usize, head_dim: usize, out: &mut Vec<u8>) {
     let row_bytes = bytes.len() / rows;
     out.clear();
     for to in 0..rows {

@@ -19,6 +19,7 @@ mod qwen3;
 mod rope;
 mod shard;
 mod source;
+pub(crate) mod tensors;
 mod weights;
 
 use std::fmt;

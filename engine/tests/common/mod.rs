@@ -11,9 +11,11 @@ use headstart_engine::executor::{Executor, Found, Probe, Row};
 use headstart_engine::model::{LoadOptions, Model, WeightDtype, Weights};
 use headstart_engine::{Sampling, TokenId};
 
-/// Where the committed models are.
+/// Where the committed models are; `HEADSTART_FIXTURES` names the folder on another machine than
+/// the one that built the test.
 pub fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
+    let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
+    std::env::var_os("HEADSTART_FIXTURES").map_or_else(here, PathBuf::from)
 }
 
 pub fn load(path: &Path, dtype: WeightDtype) -> Arc<Model> {
@@ -35,7 +37,7 @@ pub fn load_parts(path: &Path, dtype: WeightDtype, tp: usize) -> Weights {
 }
 
 /// Positions of all sequences of a test; their pages are not given back.
-const KV_TOKENS: usize = 16 * 1024;
+pub const KV_TOKENS: usize = 16 * 1024;
 
 /// One sequence in the making.
 pub struct Sequence {
@@ -57,6 +59,10 @@ impl Runner {
         let options = CpuOptions { threads, page_size: 16, kv_tokens: KV_TOKENS, chunk_tokens };
         let executor = CpuExecutor::new(model.clone(), options).expect("options are right");
         Self { executor: Box::new(executor), pages_used: 0 }
+    }
+
+    pub fn on(executor: Box<dyn Executor>) -> Self {
+        Self { executor, pages_used: 0 }
     }
 
     /// One rank for each part of the weights.

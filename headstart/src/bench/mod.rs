@@ -5,6 +5,7 @@ mod client;
 pub mod engine;
 pub mod fidelity;
 pub mod handoff;
+mod gpu;
 mod machine;
 pub mod router;
 pub mod serve;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use headstart_engine::EngineOptions;
+use headstart_engine::executor::device::DeviceChoice;
 use headstart_engine::model::WeightDtype;
 use headstart_router::{Encoding, OnDraftComplete, OnNoBase, OnNoDrafter, RouterOptions};
 use headstart_service::config::{self, CommonOptions, ConfigError};
@@ -57,6 +58,10 @@ pub struct UpOptions {
     #[arg(long, value_name = "DTYPE", env = "HEADSTART_DTYPE", default_value_t = WeightDtype::Auto,
         help_heading = "Models")]
     pub dtype: WeightDtype,
+    /// Where models run: auto (a GPU if there is one), cpu or cuda
+    #[arg(long, value_name = "DEVICE", env = "HEADSTART_DEVICE",
+        default_value_t = DeviceChoice::Auto, help_heading = "Models")]
+    pub device: DeviceChoice,
     /// The prompt that a base reads
     #[arg(long, value_enum, env = "HEADSTART_BASE_PROMPT", default_value_t = BasePromptChoice::Plain,
         help_heading = "Models")]

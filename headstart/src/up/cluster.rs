@@ -9,7 +9,6 @@ use futures::future::select_all;
 use headstart_base_node::{BaseOptions, KvOptions};
 use headstart_cluster::{Etcd, InMemory, Membership, Tier};
 use headstart_drafter_node::DrafterOptions;
-use headstart_engine::executor::cpu::{self, CpuOptions};
 use headstart_engine::{EngineHandle, EngineOptions, EngineStats};
 use headstart_router::{RouterOptions, RunningRouter};
 use headstart_service::net::Dialer;
@@ -243,14 +242,10 @@ impl Starter<'_> {
             wait_for_drafts: true,
             ..EngineOptions::default()
         };
-        let cpu_options = CpuOptions {
-            threads: self.options.threads(),
-            kv_tokens: self.options.kv_tokens(loaded.weights.config().context_length),
-            ..CpuOptions::default()
-        };
+        let kv_tokens = self.options.kv_tokens(loaded.weights.config().context_length);
         let start = || {
-            let executor = cpu::executor(&loaded.weights, cpu_options).map_err(failed)?;
-            Ok(EngineHandle::start(executor, engine))
+            let executor = loaded.weights.executor(self.options.threads(), kv_tokens);
+            Ok(EngineHandle::start(executor.map_err(failed)?, engine))
         };
         (0..count).map(|_| start()).collect()
     }

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use headstart_engine::model::{LoadOptions, Weights};
+use headstart_engine::executor::device::Placed;
+use headstart_engine::model::LoadOptions;
 use headstart_text::ModelText;
 
 use super::args::UpOptions;
@@ -17,7 +18,7 @@ use crate::models::progress::{Progress, Show, human_bytes};
 pub(super) struct Loaded {
     /// The name clients use.
     pub(super) name: String,
-    pub(super) weights: Weights,
+    pub(super) weights: Placed,
     pub(super) text: ModelText,
 }
 
@@ -62,10 +63,10 @@ fn text(path: &Path) -> Result<ModelText, Failure> {
     ModelText::load(path).map_err(|error| failed(path, &error))
 }
 
-fn weights(options: &UpOptions, local: &Local, tp: usize) -> Result<Weights, Failure> {
+fn weights(options: &UpOptions, local: &Local, tp: usize) -> Result<Placed, Failure> {
     let load = LoadOptions { dtype: options.dtype, threads: options.threads() };
     let progress = Progress::start(Show::Progress, &format!("loading {}", local.name), 0);
-    let weights = Weights::load(&local.path, load, tp, &mut |so_far| {
+    let weights = Placed::load(&local.path, options.device, load, tp, &mut |so_far| {
         progress.set_total(so_far.bytes_total);
         progress.set(so_far.bytes_loaded);
     })

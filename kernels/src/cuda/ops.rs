@@ -569,7 +569,9 @@ impl Device {
         let stripes = kv.page_bytes().div_ceil(16 * 256).min(64);
         // SAFETY: (u8* from, u32* from_pages, u8* to, u32* to_pages, u64 bytes); pages checked, a
         // page is a multiple of 16 bytes.
-        unsafe { launch.run([stripes, pages.len(), 1], 256, 0) }
+        unsafe { launch.run([stripes, pages.len(), 1], 256, 0)? };
+        // The list must stay until it was read.
+        self.synchronize()
     }
 
     /// Reads `bytes` of memory once, and nothing else: for measuring.

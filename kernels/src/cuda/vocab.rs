@@ -108,7 +108,7 @@ impl Device {
         Ok(floats.chunks_exact(4).map(found).collect())
     }
 
-    /// Samples a token for each of `args`. `penalties` are tokens and what is taken from their
+    /// Samples a token for each of `args`, and tells its logit as the model gave it. `penalties` are tokens and what is taken from their
     /// logits; `work` is room for a row of logits each.
     ///
     /// # Errors
@@ -123,7 +123,7 @@ impl Device {
         args: &[SampleArgs],
         penalties: &[(u32, f32)],
         work: &mut Buffer<f32>,
-    ) -> Result<Vec<u32>, CudaError> {
+    ) -> Result<Vec<(u32, f32)>, CudaError> {
         if args.is_empty() {
             return Ok(Vec::new());
         }
@@ -137,16 +137,16 @@ impl Device {
         let pairs: Vec<f32> =
             penalties.iter().flat_map(|(t, p)| [f32::from_bits(*t), *p]).collect();
         let pairs = self.upload(&pairs, "penalties")?;
-        let sampled: Buffer<u32> = self.alloc(args.len(), "samples")?;
+        let sampled: Buffer<u32> = self.alloc(2 * args.len(), "samples")?;
         let launch = self.launch("sample_tokens").buffer(logits, 0).value(vocab as u32);
         let launch = launch.buffer(&words, 0).buffer(&pairs, 0);
         let launch = launch.buffer(work, 0).buffer(&sampled, 0);
         // SAFETY: (float* logits, u32 vocab, SampleArgs* args, float* penalties, float* work,
         // u32* sampled); rows and penalties checked.
         unsafe { launch.run([args.len(), 1, 1], 512, 0)? };
-        let mut tokens = vec![0; args.len()];
-        self.read(&sampled, 0, &mut tokens)?;
-        Ok(tokens)
+        let mut words = vec![0; 2 * args.len()];
+        self.read(&sampled, 0, &mut words)?;
+        Ok(words.chunks_exact(2).map(|w| (w[0], f32::from_bits(w[1]))).collect())
     }
 
     /// The likeliest tokens of rows of logits with their logits, likeliest first: for each of

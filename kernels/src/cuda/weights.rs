@@ -92,7 +92,7 @@ impl Weights {
         if !Self::reads(dtype) {
             return refuse("no kernel reads this format in place");
         }
-        if rows == 0 || cols == 0 || !cols.is_multiple_of(8) {
+        if rows == 0 || cols == 0 || (dtype != DType::F32 && !cols.is_multiple_of(8)) {
             return refuse("a row must be a whole number of 8 elements");
         }
         if rows > u32::MAX as usize || cols > u32::MAX as usize {
@@ -240,6 +240,10 @@ impl Device {
         out: &mut Buffer<f32>,
     ) -> Result<(), CudaError> {
         assert!(w.rows >= batch.vocab && out.len() >= batch.rows * w.cols, "embed: shapes");
+        if !w.cols.is_multiple_of(8) {
+            let message = format!("an embedding of {} elements is not in groups of 8", w.cols);
+            return Err(CudaError::new(message));
+        }
         // SAFETY: the layout of `Planes`, whose buffer is kept.
         let launch = unsafe { self.launch(names(w.dtype).embed).bytes(&w.planes()) }.uses(&w.data);
         let launch = launch.buffer(&batch.data, 0).buffer(out, 0).value(scale);

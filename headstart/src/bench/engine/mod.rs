@@ -18,6 +18,7 @@ use clap::{Args, ValueEnum};
 use headstart_engine::model::WeightDtype;
 use headstart_kernels::{Peak, ThreadPool, peak};
 
+use crate::bench::gpu::{self, GpuArgs};
 use crate::bench::machine::{self, Processor};
 use crate::bench::stats::Summary;
 use crate::bench::steps::Steps;
@@ -50,6 +51,7 @@ Examples:
   headstart bench engine --model smollm2 --against llama.cpp --threads 2 --json bench.json
   headstart bench engine --model smollm2 --requantize q8_0 --against llama.cpp,llama.cpp-no-amx
   headstart bench engine --model ./large.gguf --pp 128 --tg 32 --batches 1,16
+  headstart bench engine --device cuda --shape llama-3.1-8b
 
 pp512: tokens/s of reading a prompt of 512 tokens. tg128: tokens/s of one sequence writing 128.
 batch N: tokens/s of N sequences together, each writing 48 after a prompt of 32.
@@ -57,8 +59,10 @@ batch N: tokens/s of N sequences together, each writing 48 after a prompt of 32.
 Run it on a machine that is otherwise idle. What the figures mean: docs/performance.md.")]
 pub struct EngineArgs {
     /// The model: a path, a short name (see `headstart models list`), or hf:owner/repo[:file.gguf]
-    #[arg(long, value_name = "SPEC")]
-    model: Spec,
+    #[arg(long, value_name = "SPEC", required_unless_present = "shape")]
+    model: Option<Spec>,
+    #[command(flatten)]
+    gpu: GpuArgs,
     /// Threads that compute [default: all cores]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     threads: Option<usize>,
@@ -148,7 +152,10 @@ pub async fn run(args: EngineArgs) -> Result<(), Failure> {
     if let Some(path) = &args.json {
         check_writable(path)?;
     }
-    let local = fetch_all(vec![args.model.clone()], Check::Size).await?.pop();
+    let Some(model) = args.model.clone() else {
+        return gpu::run(args.gpu, args.json).await;
+    };
+    let local = fetch_all(vec![model], Check::Size).await?.pop();
     let local = local.ok_or_else(|| Failure::Failed("fetching brought no model".to_owned()))?;
     let (cancel, json) = (Cancel::default(), args.json.clone());
     let flag = cancel.clone();

@@ -1,0 +1,263 @@
+//! One pass through the layers, launched kernel by kernel or as a recorded graph.
+
+use std::collections::HashMap;
+
+use headstart_kernels::DType;
+use headstart_kernels::cuda::{
+    Activations, Attention, Buffer, CudaError, Device, Gate, Graph, KvCache, Precision, Rope, Rows,
+    SPLIT, Staged, Tile,
+};
+
+use super::load::{CudaModel, Group, Layer};
+use super::plan::{GRAPH_ROWS_MAX, GraphKey, Planned, SEQUENCES_MAX, table_stride_max};
+use super::{CudaExecutor, lost, probe};
+use crate::executor::{ExecutorError, Found, Limits, Row};
+use crate::model::Activation;
+
+/// Bytes for the partial sums of decode attention; more rows than fit go one group after another.
+const PARTS_BYTES: usize = 256 << 20;
+/// Graphs kept; with more shapes than these, recording starts anew.
+const GRAPHS_MAX: usize = 128;
+
+/// Activations of a chunk, kept from call to call.
+#[derive(Debug)]
+pub(super) struct Scratch {
+    pub(super) staged: Staged,
+    /// The residual stream `[tokens][hidden]`.
+    pub(super) hidden: Buffer<f32>,
+    /// What the last block adds to it.
+    pub(super) delta: Buffer<f32>,
+    /// A block's output, normed, in models that norm it.
+    normed_delta: Activations,
+    /// What a product reads.
+    pub(super) input: Activations,
+    qkv: Buffer<f32>,
+    query: Activations,
+    gate_up: Buffer<f32>,
+    frequencies: Buffer<f32>,
+    angles: Buffer<f32>,
+    parts: Buffer<f32>,
+    pub(super) tile: Tile,
+}
+
+impl Scratch {
+    pub(super) fn new(model: &CudaModel, limits: Limits, tokens: usize) -> Result<Self, CudaError> {
+        let (device, config) = (model.device(), model.config());
+        let (hidden, mlp, queries) =
+            (config.hidden_size, config.intermediate_size, config.query_size());
+        let stride = table_stride_max(limits);
+        let words = Staged::words_for(tokens, 0) + SEQUENCES_MAX * stride;
+        let splits = (stride * limits.page_size).div_ceil(SPLIT);
+        let row_parts = config.heads * splits * (config.head_dim + 2);
+        let parts = (row_parts * tokens).min(PARTS_BYTES / 4).max(row_parts);
+        let expands = model.layers.iter().any(|l| {
+            let groups = [&l.qkv, &l.output, &l.gate_up, &l.down];
+            groups.iter().flat_map(|g| &g.weights).any(|w| !plain(w.dtype()))
+        });
+        let head = model.head.as_ref().unwrap_or(&model.embedding);
+        let frequencies = config.rope.inverse_frequencies(config.head_dim);
+        let widest = hidden.max(mlp).max(queries);
+        let (precision, f32) = (model.precision(), Precision::F32);
+        let input = Activations::new(device, precision, tokens * widest, "activations")?;
+        let post = if config.post_norms { tokens * hidden } else { 1 };
+        Ok(Self {
+            staged: Staged::new(
+                device,
+                words,
+                limits.vocab_size,
+                limits.pages + 1,
+                limits.page_size,
+            )?,
+            hidden: device.alloc(tokens * hidden, "activations")?,
+            delta: device.alloc(tokens * hidden, "activations")?,
+            normed_delta: Activations::new(device, f32, post, "activations")?,
+            input,
+            qkv: device.alloc(tokens * (queries + 2 * config.kv_size()), "activations")?,
+            query: Activations::new(device, precision, tokens * queries, "activations")?,
+            gate_up: device.alloc(tokens * 2 * mlp, "activations")?,
+            frequencies: device.upload(&frequencies, "rotary frequencies")?,
+            angles: device.alloc(tokens * config.head_dim, "activations")?,
+            parts: device.alloc(parts, "attention")?,
+            tile: Tile::new(device, widest, expands || !plain(head.dtype()))?,
+        })
+    }
+}
+
+fn plain(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::BF16)
+}
+
+/// What is known of a shape of decode steps.
+#[derive(Debug)]
+enum Known {
+    /// It ran plainly once: every kernel is loaded, every product has its plan.
+    Warm,
+    Recorded(Graph),
+}
+
+/// Recorded decode steps.
+#[derive(Debug, Default)]
+pub(super) struct Graphs(HashMap<GraphKey, Known>);
+
+impl Graphs {
+    pub(super) fn recorded(&self) -> usize {
+        self.0.values().filter(|known| matches!(known, Known::Recorded(_))).count()
+    }
+}
+
+impl CudaExecutor {
+    /// Runs a chunk and answers its probes.
+    pub(super) fn run(
+        &mut self,
+        rows: &[Row<'_>],
+        planned: &Planned,
+        found: &mut [Vec<Found>],
+    ) -> Result<(), ExecutorError> {
+        self.scratch.staged.stage(self.model.device(), &planned.batch).map_err(lost)?;
+        match planned.graph {
+            Some(key) => {
+                self.decode(key).map_err(lost)?;
+                self.answer(rows, &planned.wanted, 0, key.rows, found)
+            }
+            None => {
+                layers(&self.model, &mut self.kv, &mut self.scratch).map_err(lost)?;
+                let probes = planned.batch.probes.len();
+                let at_once = self.probes.rows();
+                for first in (0..probes).step_by(at_once) {
+                    let count = at_once.min(probes - first);
+                    let head =
+                        probe::head(&self.model, &mut self.scratch, &mut self.probes, first, count);
+                    head.map_err(lost)?;
+                    self.answer(rows, &planned.wanted, first, count, found)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// A decode step of all rows, with the logits of each.
+    fn decode(&mut self, key: GraphKey) -> Result<(), CudaError> {
+        if let Some(Known::Recorded(graph)) = self.graphs.0.get(&key) {
+            return graph.launch();
+        }
+        debug_assert!(key.rows <= GRAPH_ROWS_MAX);
+        let warm = self.graphs.0.contains_key(&key);
+        if self.graphs.0.len() >= GRAPHS_MAX && !warm {
+            self.graphs.0.clear();
+        }
+        let (model, kv) = (&self.model, &mut self.kv);
+        let (scratch, probes) = (&mut self.scratch, &mut self.probes);
+        let mut all = || {
+            layers(model, kv, scratch)?;
+            probe::head(model, scratch, probes, 0, key.rows)
+        };
+        if !warm {
+            all()?;
+            self.graphs.0.insert(key, Known::Warm);
+            return Ok(());
+        }
+        let graph = model.device().capture(all)?;
+        graph.launch()?;
+        self.graphs.0.insert(key, Known::Recorded(graph));
+        Ok(())
+    }
+}
+
+/// Runs the staged tokens through all layers; keys and values go to the pages. What the last block
+/// adds stays in `delta`.
+fn layers(model: &CudaModel, kv: &mut KvCache, s: &mut Scratch) -> Result<(), CudaError> {
+    let (device, config) = (model.device(), model.config());
+    device.embed(&model.embedding, &s.staged, config.embedding_scale, &mut s.hidden)?;
+    device.rope_table(&s.staged, &s.frequencies, &mut s.angles)?;
+    for (index, layer) in model.layers.iter().enumerate() {
+        attention(model, layer, index, kv, s)?;
+        mlp(model, layer, s)?;
+    }
+    Ok(())
+}
+
+/// `y = x · weightsᵀ` for all matrices of a group, side by side.
+fn project(
+    device: &Device,
+    group: &Group,
+    x: &Activations,
+    tokens: usize,
+    y: &mut Buffer<f32>,
+    tile: &mut Tile,
+) -> Result<(), CudaError> {
+    let mut at = 0;
+    for weights in &group.weights {
+        device.matmul(weights, x, tokens, y, group.rows, at, tile)?;
+        at += weights.rows();
+    }
+    Ok(())
+}
+
+/// Adds the output's bias, and norms the output in models that do.
+fn finish(
+    model: &CudaModel,
+    group: &Group,
+    norm: Option<&Buffer<f32>>,
+    s: &mut Scratch,
+) -> Result<(), CudaError> {
+    let (device, tokens) = (model.device(), s.staged.rows());
+    if let Some(bias) = &group.bias {
+        device.add_bias(&mut s.delta, bias, tokens)?;
+    }
+    if let Some(norm) = norm {
+        let (eps, rows) = (model.config().norm_eps, Rows::First(tokens));
+        device.add_rms_norm(&mut s.delta, None, norm, eps, rows, &mut s.normed_delta)?;
+        if let Activations::F32(normed) = &s.normed_delta {
+            device.copy(normed, 0, &mut s.delta, 0, tokens * norm.len())?;
+        }
+    }
+    Ok(())
+}
+
+/// Residual of the block before, norm, projections, rotation, attention, output projection.
+fn attention(
+    model: &CudaModel,
+    layer: &Layer,
+    index: usize,
+    kv: &mut KvCache,
+    s: &mut Scratch,
+) -> Result<(), CudaError> {
+    let (device, config, tokens) = (model.device(), model.config(), s.staged.rows());
+    let (eps, rows) = (config.norm_eps, Rows::First(tokens));
+    let delta = (index > 0).then_some(&s.delta);
+    device.add_rms_norm(&mut s.hidden, delta, &layer.attention_norm, eps, rows, &mut s.input)?;
+    project(device, &layer.qkv, &s.input, tokens, &mut s.qkv, &mut s.tile)?;
+    let rope = Rope {
+        heads: config.heads,
+        bias: layer.qkv.bias.as_ref(),
+        norms: layer.qk_norms.as_ref().map(|(q, k)| (q, k)),
+        eps,
+    };
+    device.rope_write(&s.qkv, &rope, &s.angles, &s.staged, index, kv, &mut s.query)?;
+    let how = Attention {
+        heads: config.heads,
+        scale: config.attention_scale,
+        softcap: config.attention_softcap,
+        window: config.windows[index],
+    };
+    device.attend(&how, &s.query, kv, index, &s.staged, &mut s.parts, &mut s.input)?;
+    project(device, &layer.output, &s.input, tokens, &mut s.delta, &mut s.tile)?;
+    finish(model, &layer.output, layer.post_attention_norm.as_ref(), s)
+}
+
+/// Residual of attention, norm, gated MLP.
+fn mlp(model: &CudaModel, layer: &Layer, s: &mut Scratch) -> Result<(), CudaError> {
+    let (device, config, tokens) = (model.device(), model.config(), s.staged.rows());
+    let (eps, rows) = (config.norm_eps, Rows::First(tokens));
+    let delta = Some(&s.delta);
+    device.add_rms_norm(&mut s.hidden, delta, &layer.mlp_norm, eps, rows, &mut s.input)?;
+    project(device, &layer.gate_up, &s.input, tokens, &mut s.gate_up, &mut s.tile)?;
+    let gate = match config.activation {
+        Activation::Silu => Gate::Silu,
+        Activation::GeluTanh => Gate::GeluTanh,
+    };
+    let (bias, width) = (layer.gate_up.bias.as_ref(), config.intermediate_size);
+    device.gate(gate, &s.gate_up, bias, tokens, width, &mut s.input)?;
+    project(device, &layer.down, &s.input, tokens, &mut s.delta, &mut s.tile)?;
+    finish(model, &layer.down, layer.post_mlp_norm.as_ref(), s)
+}

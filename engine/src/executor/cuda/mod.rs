@@ -1,0 +1,167 @@
+//! The CUDA executor: one forward pass for all rows of a batch, over paged keys and values, on one
+//! GPU.
+//!
+//! The new tokens of all rows are laid end to end and run in chunks. A chunk in which every row has
+//! one new token, a decode step, runs as a recorded graph: the first batch of a shape runs plainly,
+//! the second is recorded, later ones are one launch. Only what was asked for leaves the device.
+//!
+//! In single precision ([`WeightDtype::F32`]) a row's results depend on nothing but the row, bit for
+//! bit. In bf16 they do so within a kind of batch (alone, few rows, many rows): the products of large
+//! batches are cublasLt's, whose order of additions is its own.
+
+mod forward;
+mod load;
+pub mod measure;
+mod plan;
+mod probe;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError};
+
+use headstart_kernels::cuda::{CudaError, Device, KvCache, KvDims};
+
+use super::{Executor, ExecutorError, Found, Limits, Row};
+use crate::model::{LoadError, Progress, WeightDtype};
+pub use load::CudaModel;
+
+/// How a [`CudaExecutor`] is set up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Positions a KV page holds, a multiple of 16.
+    pub page_size: usize,
+    /// Positions that the KV pool holds for all sequences together.
+    pub kv_tokens: usize,
+    /// Tokens that go through the layers together; bounds scratch memory.
+    pub chunk_tokens: usize,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        Self { page_size: 16, kv_tokens: 16 * 1024, chunk_tokens: 2048 }
+    }
+}
+
+/// GPUs that this machine has; 0 without a driver.
+#[must_use]
+pub fn devices() -> usize {
+    Device::count()
+}
+
+/// Loads a model to GPU `ordinal`; compiled kernels are kept in `cache`.
+///
+/// # Errors
+/// One sentence that says what is missing, or what is wrong with the file.
+pub fn load(
+    path: &Path,
+    dtype: WeightDtype,
+    ordinal: usize,
+    cache: Option<PathBuf>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Arc<CudaModel>, CudaLoadError> {
+    let device = Device::open(ordinal, cache.as_deref()).map_err(CudaLoadError::Device)?;
+    CudaModel::load(&device, path, dtype, progress).map(Arc::new)
+}
+
+/// Why a model is not on the GPU.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaLoadError {
+    /// The device or its libraries.
+    #[error("no CUDA device can be used: {0}")]
+    Device(CudaError),
+    /// The model's files.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Copying to the device.
+    #[error("loading to the GPU: {0}")]
+    Copy(CudaError),
+}
+
+/// A device that failed is of no further use: its context is in an unknown state.
+fn lost(error: CudaError) -> ExecutorError {
+    ExecutorError { message: format!("GPU: {error}"), fatal: true }
+}
+
+/// Runs a model on one GPU. Several executors may share one model; their work is serialised.
+#[derive(Debug)]
+pub struct CudaExecutor {
+    model: Arc<CudaModel>,
+    kv: KvCache,
+    scratch: forward::Scratch,
+    graphs: forward::Graphs,
+    probes: probe::Scratch,
+    chunk_tokens: usize,
+    limits: Limits,
+}
+
+impl CudaExecutor {
+    /// An executor with an empty KV pool. All memory that it will ever use is taken here.
+    ///
+    /// # Errors
+    /// The page size or the model's head size is one that the kernels cannot work with, or the
+    /// device has too little memory.
+    pub fn new(model: Arc<CudaModel>, options: &CudaOptions) -> Result<Self, ExecutorError> {
+        let refused = |e: CudaError| ExecutorError { message: e.to_string(), fatal: true };
+        let config = model.config();
+        let page_size = options.page_size.max(1);
+        let pages = options.kv_tokens.div_ceil(page_size).max(1);
+        let dims = KvDims {
+            layers: config.layers,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            page_size,
+            // One more, for the rows that fill a recorded batch up.
+            pages: pages + 1,
+        };
+        let kv = KvCache::new(model.device(), dims, model.precision()).map_err(refused)?;
+        let limits = Limits {
+            vocab_size: config.vocab_size,
+            context_length: config.context_length.min(pages * page_size),
+            page_size,
+            pages,
+        };
+        let chunk_tokens = options.chunk_tokens.max(plan::GRAPH_ROWS_MAX);
+        let scratch = forward::Scratch::new(&model, limits, chunk_tokens).map_err(refused)?;
+        let probes = probe::Scratch::new(&model, limits).map_err(refused)?;
+        let graphs = forward::Graphs::default();
+        Ok(Self { model, kv, scratch, graphs, probes, chunk_tokens, limits })
+    }
+
+    /// The model that it runs.
+    #[must_use]
+    pub fn model(&self) -> &Arc<CudaModel> {
+        &self.model
+    }
+
+    /// Bytes of the KV pool.
+    #[must_use]
+    pub fn kv_bytes(&self) -> usize {
+        self.kv.page_bytes() * self.kv.dims().pages
+    }
+
+    /// Recorded graphs.
+    #[must_use]
+    pub fn graphs(&self) -> usize {
+        self.graphs.recorded()
+    }
+}
+
+impl Executor for CudaExecutor {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
+        plan::check(self.limits, rows)
+            .map_err(|message| ExecutorError { message, fatal: false })?;
+        let mut found: Vec<Vec<Found>> =
+            rows.iter().map(|row| Vec::with_capacity(row.probes.len())).collect();
+        let model = Arc::clone(&self.model);
+        let _turn = model.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let extends = self.kv.extends();
+        for chunk in plan::chunks(rows, self.chunk_tokens) {
+            let planned = plan::plan(rows, &chunk, self.limits, extends);
+            self.run(rows, &planned, &mut found)?;
+        }
+        Ok(found)
+    }
+}

@@ -1,0 +1,258 @@
+//! The CUDA executor does what the CPU executor does.
+//!
+//! Runs on the emulated device; with `HEADSTART_CUDA_TESTS=device` in the environment on the
+//! machine's GPU.
+
+mod common;
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Arc, Once};
+
+use common::{Runner, fixtures, load, sample_at, target_at};
+use headstart_engine::core::pages::PageId;
+use headstart_engine::executor::cuda::{self, CudaExecutor, CudaModel, CudaOptions, measure};
+use headstart_engine::executor::{Executor, Found, Probe, Row};
+use headstart_engine::model::{ModelConfig, WeightDtype};
+use headstart_engine::{Sampling, TokenId};
+use headstart_kernels::cuda::library;
+
+const MODELS: [&str; 6] =
+    ["llama3-rope", "llama-linear-untied", "mistral-window", "qwen2-bias", "qwen3", "gemma2"];
+
+fn on_cuda(path: &Path, dtype: WeightDtype) -> Arc<CudaModel> {
+    static LIBRARIES: Once = Once::new();
+    LIBRARIES.call_once(|| {
+        if std::env::var_os("HEADSTART_CUDA_TESTS").is_none_or(|v| v != "device") {
+            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/emulated-cuda");
+            let built = Command::new(script).output().expect("the script runs");
+            assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+            let folder = String::from_utf8(built.stdout).expect("a path");
+            library::open_all_in(Path::new(folder.trim()));
+        }
+    });
+    let model = cuda::load(path, dtype, 0, None, &mut |_| ());
+    model.unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn runner(model: &Arc<CudaModel>) -> Runner {
+    let options = CudaOptions { kv_tokens: common::KV_TOKENS, ..CudaOptions::default() };
+    Runner::on(Box::new(CudaExecutor::new(model.clone(), &options).expect("options are right")))
+}
+
+/// Reproducible tokens of the tiny vocabulary.
+fn tokens(seed: u32, count: usize) -> Vec<TokenId> {
+    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        3 + (state >> 16) % 93
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn sampling(seed: u64) -> Sampling {
+    match seed % 4 {
+        0 => Sampling::default(),
+        1 => Sampling { temperature: 0.9, seed, ..Sampling::default() },
+        2 => Sampling { temperature: 1.3, top_p: 0.8, top_k: 30, seed, ..Sampling::default() },
+        _ => Sampling {
+            temperature: 0.7,
+            min_p: 0.02,
+            presence_penalty: 0.5,
+            frequency_penalty: 0.3,
+            seed,
+            ..Sampling::default()
+        },
+    }
+}
+
+/// Scores of a text, read in calls of the given lengths.
+fn scores(runner: &mut Runner, text: &[TokenId], cuts: &[usize]) -> Vec<Found> {
+    let mut sequence = runner.sequence(&[], &Sampling::default());
+    let (mut all, mut start) = (Vec::new(), 0);
+    for len in cuts.iter().copied().cycle() {
+        let end = (start + len).min(text.len());
+        sequence.tokens.extend_from_slice(&text[start..end]);
+        let probes: Vec<Probe> = (start..end)
+            .map(|i| Probe { top: 3, ..target_at(i, text.get(i + 1).copied().unwrap_or(7)) })
+            .collect();
+        all.extend(runner.extend(&mut [(&mut sequence, probes)]).remove(0));
+        start = end;
+        if start == text.len() {
+            return all;
+        }
+    }
+    all
+}
+
+/// The largest difference of log-probabilities.
+fn distance(a: &[Found], b: &[Found]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let each = a.iter().zip(b).map(|(a, b)| {
+        let target = a.target.zip(b.target).map_or(0.0, |(a, b)| (a - b).abs());
+        let top = a.top.iter().zip(&b.top).map(|(a, b)| (a.logprob - b.logprob).abs());
+        top.fold(target, f32::max)
+    });
+    each.fold(0.0, f32::max)
+}
+
+#[test]
+fn every_family_scores_and_writes_as_on_the_cpu() {
+    for name in MODELS {
+        let path = fixtures().join("tiny").join(name);
+        let (host, device) = (load(&path, WeightDtype::F32), on_cuda(&path, WeightDtype::F32));
+        let text = tokens(1, 70);
+        let expected = scores(&mut Runner::new(&host, 2, 256), &text, &[70]);
+        let found = scores(&mut runner(&device), &text, &[70]);
+        let distance = distance(&found, &expected);
+        assert!(distance < 1e-4, "{name}: {distance}");
+        let prompts: Vec<Vec<TokenId>> = (0..4).map(|i| tokens(i, 1 + 9 * i as usize)).collect();
+        let mut written = [Runner::new(&host, 2, 256), runner(&device)].map(|mut runner| {
+            let mut batch: Vec<_> = prompts
+                .iter()
+                .enumerate()
+                .map(|(i, prompt)| runner.sequence(prompt, &sampling(i as u64)))
+                .collect();
+            runner.generate(&mut batch, 12);
+            batch.into_iter().map(|s| s.tokens).collect::<Vec<_>>()
+        });
+        let device = std::mem::take(&mut written[1]);
+        assert_eq!(device, written[0], "{name}");
+    }
+}
+
+/// Recorded or launched one by one, alone or in a batch, in one call or in several.
+#[test]
+fn in_single_precision_results_do_not_depend_on_the_batch() {
+    for name in ["qwen3", "mistral-window"] {
+        let model = on_cuda(&fixtures().join("tiny").join(name), WeightDtype::F32);
+        let text = tokens(1, 60);
+        let whole = scores(&mut runner(&model), &text, &[60]);
+        for cuts in [&[1][..], &[7, 1, 30]] {
+            assert_eq!(scores(&mut runner(&model), &text, cuts), whole, "{name} {cuts:?}");
+        }
+        let prompts: Vec<Vec<TokenId>> = (0..3).map(|i| tokens(i, 1 + 9 * i as usize)).collect();
+        let mut together = runner(&model);
+        let mut batch: Vec<_> = prompts
+            .iter()
+            .enumerate()
+            .map(|(i, prompt)| together.sequence(prompt, &sampling(i as u64)))
+            .collect();
+        let batch_found = together.generate(&mut batch, 6);
+        for (i, prompt) in prompts.iter().enumerate() {
+            let mut alone = runner(&model);
+            let mut one = [alone.sequence(prompt, &sampling(i as u64))];
+            let found = alone.generate(&mut one, 6);
+            assert_eq!((&one[0].tokens, &found[0]), (&batch[i].tokens, &batch_found[i]), "{name}");
+        }
+    }
+}
+
+/// Weights, activations and the cache in bf16.
+#[test]
+fn models_in_bf16_come_close_to_the_cpu() {
+    for name in MODELS {
+        let path = fixtures().join("tiny").join(name);
+        let (host, device) = (load(&path, WeightDtype::F32), on_cuda(&path, WeightDtype::Bf16));
+        let text = tokens(2, 50);
+        let expected = scores(&mut Runner::new(&host, 2, 256), &text, &[50]);
+        // Fifty rows go to the tensor cores, few rows read weights in place.
+        for cuts in [&[50][..], &[3, 1]] {
+            let found = scores(&mut runner(&device), &text, cuts);
+            let distance = distance(&found, &expected);
+            assert!(distance < 0.1, "{name} {cuts:?}: {distance}");
+        }
+    }
+}
+
+#[test]
+fn decode_steps_are_recorded_on_their_second_run() {
+    let model = on_cuda(&fixtures().join("tiny/qwen3"), WeightDtype::Bf16);
+    let options = CudaOptions { kv_tokens: 512, ..CudaOptions::default() };
+    let mut executor = CudaExecutor::new(model, &options).expect("options are right");
+    let (sampling, pages) = (Sampling::default(), [PageId(3), PageId(5)]);
+    let mut context = vec![5, 6];
+    let mut graphs = Vec::new();
+    for _ in 0..4 {
+        let probes = [sample_at(context.len() - 1)];
+        let row = Row {
+            context: &context,
+            start: context.len() - 1,
+            pages: &pages,
+            answer_start: 1,
+            probes: &probes,
+            sampling: &sampling,
+        };
+        let found = executor.execute(&[row]).expect("the batch is right");
+        let token = found[0][0].sampled.expect("a sample was asked for").token;
+        graphs.push(executor.graphs());
+        context.push(token);
+    }
+    assert_eq!(graphs, [0, 1, 1, 1]);
+}
+
+/// The tiny models' heads are too small for tensor cores; these are not. Reading at once and token by
+/// token are different kernels, products included.
+#[test]
+fn reading_on_tensor_cores_comes_close_to_decoding() {
+    let tiny = on_cuda(&fixtures().join("tiny/qwen3"), WeightDtype::Bf16);
+    let config = ModelConfig {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        qk_norm: false,
+        windows: vec![Some(9), None],
+        ..tiny.config().clone()
+    };
+    let model = Arc::new(CudaModel::random(0, config, None).expect("a small model"));
+    let text = tokens(3, 70);
+    let at_once = scores(&mut runner(&model), &text, &[70]);
+    let one_by_one = scores(&mut runner(&model), &text, &[1]);
+    let pieces = scores(&mut runner(&model), &text, &[33, 4]);
+    assert!(at_once.iter().any(|f| f.target.is_some_and(|t| t < -1.0)));
+    for (other, what) in [(one_by_one, "one by one"), (pieces, "pieces")] {
+        let distance = distance(&at_once, &other);
+        assert!(distance < 0.1, "{what}: {distance}");
+    }
+}
+
+#[test]
+fn limits_of_the_device_are_measured() {
+    let model = on_cuda(&fixtures().join("tiny/qwen3"), WeightDtype::Bf16);
+    for rate in [
+        measure::bytes_per_second(&model, 1 << 16).expect("a rate"),
+        measure::operations_per_second(&model, 32).expect("a rate"),
+    ] {
+        assert!(rate.is_finite() && rate > 0.0, "{rate}");
+    }
+}
+
+#[test]
+fn a_batch_that_reaches_outside_is_refused() {
+    let model = on_cuda(&fixtures().join("tiny/qwen3"), WeightDtype::F32);
+    let mut runner = runner(&model);
+    let (sampling, pages) = (Sampling::default(), [PageId(0), PageId(1)]);
+    let context = tokens(1, 20);
+    let probes = [target_at(19, 3)];
+    let good = Row {
+        context: &context,
+        start: 0,
+        pages: &pages,
+        answer_start: 0,
+        probes: &probes,
+        sampling: &sampling,
+    };
+    assert!(runner.executor.execute(&[good]).is_ok());
+    let outside = [PageId(0), PageId(1 << 30)];
+    let bad = [
+        Row { start: 20, ..good },
+        Row { pages: &pages[..1], ..good },
+        Row { pages: &outside, ..good },
+        Row { probes: &[target_at(20, 3)], ..good },
+        Row { context: &[1 << 30; 20], ..good },
+    ];
+    for row in bad {
+        let error = runner.executor.execute(&[row]).expect_err("it reaches outside");
+        assert!(!error.fatal && error.message.starts_with("row 0: "), "{error}");
+    }
+}
