@@ -22,8 +22,8 @@ pub fn load(
     let dtype: WeightDtype = options.dtype.parse().map_err(|_| {
         failed(format!("--dtype: expected auto, f32 or bf16, found {:?}", options.dtype))
     })?;
-    let device: DeviceChoice =
-        options.device.parse().map_err(|error| failed(format!("--device: {error}")))?;
+    let device = options.device.parse::<DeviceChoice>();
+    let device = device.map_err(|error| failed(format!("--device: {error}")))?;
     let text = ModelText::load(&options.model)
         .and_then(|text| text.with_base_prompt(base_prompt))
         .map_err(|error| failed(error.to_string()))?;

@@ -22,9 +22,10 @@ fn without_a_gpu_device_cuda_says_what_is_missing() {
         return;
     }
     let model = fixture("stories260k").display().to_string();
-    let free = free_address();
+    let (http, grpc) = (free_address(), free_address());
+    let doors = ["--http", &http, "--grpc", &grpc];
     let cases: [(&str, Vec<&str>); 2] = [
-        ("headstart", vec!["up", "--drafter", &model, "--base", &model, "--http", &free]),
+        ("headstart", [&["up", "--drafter", &model, "--base", &model][..], &doors].concat()),
         ("headstart", vec!["bench", "engine", "--shape", "llama-3.2-3b"]),
     ];
     for (binary, arguments) in cases {

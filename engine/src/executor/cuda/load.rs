@@ -180,8 +180,7 @@ impl Uploader<'_, '_> {
     }
 
     fn required(&mut self, index: usize, norm: Norm) -> Result<Buffer<f32>, CudaLoadError> {
-        let missing = || self.tensors.refused("a layer's norm", &"it is missing");
-        let missing = missing();
+        let missing = self.tensors.refused("a layer's norm", &"it is missing");
         self.norm(index, norm)?.ok_or(CudaLoadError::Load(missing))
     }
 

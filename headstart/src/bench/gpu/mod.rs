@@ -92,6 +92,8 @@ struct Report {
 /// # Errors
 /// Without a GPU: a sentence that says what is missing. With one: when the shape does not fit it.
 pub(super) async fn run(args: GpuArgs, json: Option<PathBuf>) -> Result<(), Failure> {
+    // The only one whose shapes are measured so far.
+    let Device::Cuda = args.device;
     let Some(shape) = args.shape else {
         return Err(Failure::Usage("--shape is missing".to_owned()));
     };
