@@ -148,7 +148,8 @@ fn in_single_precision_results_do_not_depend_on_the_batch() {
     }
 }
 
-/// Weights, activations and the cache in bf16.
+/// Weights, activations and the cache in bf16. Rounding the weights alone moves these tiny models by
+/// up to 0.3 (`tiny_models.rs`).
 #[test]
 fn models_in_bf16_come_close_to_the_cpu() {
     for name in MODELS {
@@ -160,7 +161,7 @@ fn models_in_bf16_come_close_to_the_cpu() {
         for cuts in [&[50][..], &[3, 1]] {
             let found = scores(&mut runner(&device), &text, cuts);
             let distance = distance(&found, &expected);
-            assert!(distance < 0.1, "{name} {cuts:?}: {distance}");
+            assert!(distance < 0.3, "{name} {cuts:?}: {distance}");
         }
     }
 }
