@@ -194,7 +194,10 @@ async fn frames_that_were_seen_are_dropped_and_a_gap_is_an_error() {
     cluster.script.set(&[
         Step::Draft("On"),
         Step::Gate,
+        // Whichever attempt this is, its own frame is the one that counts: each leaves the gap.
         Step::DraftAt { epoch: 1, position: 3, text: "e" },
+        Step::DraftAt { epoch: 2, position: 3, text: "e" },
+        Step::DraftAt { epoch: 3, position: 3, text: "e" },
         Step::Hang,
     ]);
     let body = chat_body(r#", "stream": true"#);
