@@ -78,8 +78,6 @@ pub struct Watched {
     pub ttft: Option<Duration>,
     /// Longest time between two frames with tokens of one answer.
     pub gap_max: Duration,
-    /// The gaps before each frame of a later attempt than the frame before it.
-    pub resumed: Vec<Duration>,
 }
 
 enum Frame {
@@ -98,7 +96,6 @@ pub async fn watch(doors: &Doors, door: Door, ask: &Ask, cancel_after: Option<us
         frames: Vec::new(),
         ttft: None,
         gap_max: Duration::ZERO,
-        resumed: Vec::new(),
     };
     let mut collecting = Collecting::new(ask.choices);
     watched.end = follow(doors, door, ask, cancel_after, &mut watched, &mut collecting).await;
@@ -146,7 +143,7 @@ async fn follow(
             }
         };
         match taken {
-            Ok(Some(progress)) => watched.progressed(collecting, progress),
+            Ok(Some(choice)) => watched.progressed(collecting, choice),
             Ok(None) => {}
             Err(end) => return end,
         }
@@ -154,26 +151,16 @@ async fn follow(
 }
 
 impl Watched {
-    fn progressed(&mut self, collecting: &mut Collecting, progress: Progress) {
+    /// Tokens of this choice came.
+    fn progressed(&mut self, collecting: &mut Collecting, choice: usize) {
         let now = Instant::now();
         self.ttft.get_or_insert(now - self.asked);
-        let Some(state) = collecting.choices.get_mut(progress.choice) else { return };
-        let gap = state.last.map(|last| now - last);
-        if let Some(gap) = gap {
-            self.gap_max = self.gap_max.max(gap);
-        }
-        if state.epoch.is_some_and(|epoch| progress.epoch > epoch) {
-            self.resumed.extend(gap);
+        let Some(state) = collecting.choices.get_mut(choice) else { return };
+        if let Some(last) = state.last {
+            self.gap_max = self.gap_max.max(now - last);
         }
         state.last = Some(now);
-        state.epoch = Some(progress.epoch);
     }
-}
-
-/// Tokens of a choice came, from this attempt (0 where the door does not tell).
-struct Progress {
-    choice: usize,
-    epoch: u64,
 }
 
 struct Collecting {
@@ -184,7 +171,6 @@ struct Collecting {
 struct State {
     answer: Choice,
     last: Option<Instant>,
-    epoch: Option<u64>,
 }
 
 fn broken(what: impl Into<String>) -> End {
@@ -209,7 +195,8 @@ impl Collecting {
         state.map(|state| (index, state)).ok_or_else(|| broken(format!("choice {choice}")))
     }
 
-    fn sse(&mut self, event: &Value) -> Result<Option<Progress>, End> {
+    /// Takes an event; gives the choice whose tokens it brought.
+    fn sse(&mut self, event: &Value) -> Result<Option<usize>, End> {
         if let Some(error) = event.get("error") {
             let text = |key: &str| error[key].as_str().unwrap_or_default().to_owned();
             return Err(End::Error { code: text("code"), message: text("message") });
@@ -235,10 +222,11 @@ impl Collecting {
             answer.switched = summary["switched"].as_bool().unwrap_or_default();
             answer.kept_tokens = count(summary["kept_tokens"].as_u64().unwrap_or_default());
         }
-        Ok((!ids.is_empty()).then_some(Progress { choice: index, epoch: 0 }))
+        Ok((!ids.is_empty()).then_some(index))
     }
 
-    fn grpc(&mut self, frame: v1::GenerateFrame) -> Result<Option<Progress>, End> {
+    /// Takes a frame; gives the choice whose tokens it brought.
+    fn grpc(&mut self, frame: v1::GenerateFrame) -> Result<Option<usize>, End> {
         let (index, state) = self.state(frame.choice.into())?;
         let answer = &mut state.answer;
         match frame.event {
@@ -260,8 +248,7 @@ impl Collecting {
                     let all = position.token.iter().chain(&position.top);
                     answer.logprobs.extend(all.map(|it| it.logprob));
                 }
-                let epoch = frame.epoch;
-                Ok((!text.ids.is_empty()).then_some(Progress { choice: index, epoch }))
+                Ok((!text.ids.is_empty()).then_some(index))
             }
             Some(Event::Finished(finished)) => {
                 answer.reason = match finished.reason() {

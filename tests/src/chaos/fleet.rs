@@ -59,12 +59,15 @@ pub struct Part {
     ends: std::sync::Mutex<Ends>,
 }
 
-/// How a process was last ended: what breaks then is nobody's fault.
+/// When a process was last away: what breaks then is nobody's fault.
 #[derive(Clone, Copy, Debug, Default)]
 struct Ends {
     killed: Option<Instant>,
-    stopped: Option<Instant>,
+    /// It was asked to stop and has not ended.
     stopping: bool,
+    /// It was asked to stop, has ended, or is not ready again.
+    down: bool,
+    up_since: Option<Instant>,
 }
 
 /// What the fleet is made of.
@@ -178,11 +181,11 @@ impl Fleet {
         self.ends(name).killed.is_some_and(|killed| killed >= since)
     }
 
-    /// Whether this part was asked to stop, and had not yet ended at `since`.
+    /// Whether this part was stopping, gone or starting at some time after `since`.
     #[must_use]
-    pub fn was_stopping(&self, name: &str, since: Instant) -> bool {
+    pub fn was_down(&self, name: &str, since: Instant) -> bool {
         let ends = self.ends(name);
-        ends.stopping || ends.stopped.is_some_and(|stopped| stopped >= since)
+        ends.down || ends.up_since.is_some_and(|up| up >= since)
     }
 
     fn ends(&self, name: &str) -> Ends {
@@ -358,6 +361,11 @@ impl Part {
         let deadline = Instant::now() + READY_WITHIN;
         loop {
             if self.is_ready().await {
+                self.note(|ends| {
+                    if std::mem::take(&mut ends.down) {
+                        ends.up_since = Some(Instant::now());
+                    }
+                });
                 return Ok(());
             }
             let ended = self.child.lock().await.as_mut().map_or(Ok(None), Child::try_wait)?;
@@ -436,7 +444,10 @@ impl Part {
     /// SIGKILL, and waits for its end.
     pub async fn kill(&self) {
         let mut child = self.child.lock().await;
-        self.note(|ends| ends.killed = Some(Instant::now()));
+        self.note(|ends| {
+            ends.killed = Some(Instant::now());
+            ends.down = true;
+        });
         if let Some(mut child) = child.take() {
             let _ = child.kill().await;
         }
@@ -462,12 +473,12 @@ impl Part {
     /// # Errors
     /// When it does not end in time, or ends with another code.
     pub async fn drain(&self, by_call: bool) -> io::Result<()> {
-        self.note(|ends| ends.stopping = true);
-        let drained = self.end(by_call).await;
         self.note(|ends| {
-            ends.stopping = false;
-            ends.stopped = Some(Instant::now());
+            ends.stopping = true;
+            ends.down = true;
         });
+        let drained = self.end(by_call).await;
+        self.note(|ends| ends.stopping = false);
         drained
     }
 

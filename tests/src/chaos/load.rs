@@ -143,9 +143,9 @@ fn judge(fleet: &Fleet, known: &Known, router: &Doors, watched: &Watched) -> Str
         End::Cut(_) if fleet.was_killed(&router.router, watched.asked) => StreamOutcome::RouterDied,
         // The connection closed before a word was said on it.
         End::Cut(_)
-            if watched.frames.is_empty() && fleet.was_stopping(&router.router, watched.asked) =>
+            if watched.frames.is_empty() && fleet.was_down(&router.router, watched.asked) =>
         {
-            StreamOutcome::Elsewhere("closing")
+            StreamOutcome::Elsewhere("closed")
         }
         End::Cut(what) => StreamOutcome::Failed { code: "cut".into(), message: what.clone() },
     }

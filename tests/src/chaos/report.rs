@@ -79,8 +79,6 @@ struct Seen {
     /// Largest gap, and time to the first token, of every right stream.
     gaps: Vec<Duration>,
     ttfts: Vec<Duration>,
-    resumed: Vec<Duration>,
-    streams_resumed: u64,
     faults: BTreeMap<&'static str, u64>,
     last_fault: Option<Instant>,
     fault_gap_max: Duration,
@@ -204,10 +202,6 @@ impl Report {
             StreamOutcome::Elsewhere(why) => *seen.elsewhere.entry(why).or_default() += 1,
             StreamOutcome::Cancelled => seen.cancelled += 1,
         }
-        if !watched.resumed.is_empty() {
-            seen.streams_resumed += 1;
-            seen.resumed.extend(&watched.resumed);
-        }
         let Some(why) = keep else { return };
         seen.kept += 1;
         let number = seen.kept;
@@ -299,6 +293,14 @@ impl Report {
         }
         let _ = writeln!(text, "starts that found no etcd, tried again {}", seen.exits);
         let here = seen.percentiles();
+        // What a client waits when something breaks: its router, paused or killed, included.
+        let hit = seen.gaps.iter().filter(|&&gap| gap > calm.gap_max);
+        let mut added: Vec<Duration> = hit.map(|&gap| gap - calm.gap_median).collect();
+        let _ = writeln!(
+            text,
+            "added latency of streams with a gap that no calm one has, p50/p99 {}",
+            quantiles(&mut added)
+        );
         let _ = writeln!(
             text,
             "largest gap of a stream, p50/p99    {} (calm: {})",
@@ -309,14 +311,6 @@ impl Report {
             "time to first token, p50/p99        {} (calm: {})",
             here.ttfts, calm.ttfts
         );
-        let mut added: Vec<Duration> =
-            seen.resumed.iter().map(|gap| gap.saturating_sub(calm.gap_median)).collect();
-        let _ = writeln!(
-            text,
-            "streams seen to go on elsewhere     {} (gRPC only)",
-            seen.streams_resumed
-        );
-        let _ = writeln!(text, "added latency of a failover, p50/p99 {}", quantiles(&mut added));
         let _ = writeln!(text, "problems (leaks, unclean exits)     {}", seen.problems.len());
         for problem in &seen.problems {
             let _ = writeln!(text, "  {problem}");
@@ -328,15 +322,17 @@ impl Report {
 struct Percentiles {
     gaps: String,
     gap_median: Duration,
+    gap_max: Duration,
     ttfts: String,
 }
 
 impl Seen {
     fn percentiles(&self) -> Percentiles {
-        let mut gaps = self.gaps.clone();
-        let text = quantiles(&mut gaps);
-        let gap_median = gaps.get(gaps.len() / 2).copied().unwrap_or_default();
-        Percentiles { gaps: text, gap_median, ttfts: quantiles(&mut self.ttfts.clone()) }
+        let mut sorted = self.gaps.clone();
+        let gaps = quantiles(&mut sorted);
+        let at = |index: usize| sorted.get(index).copied().unwrap_or_default();
+        let (gap_median, gap_max) = (at(sorted.len() / 2), at(sorted.len().saturating_sub(1)));
+        Percentiles { gaps, gap_median, gap_max, ttfts: quantiles(&mut self.ttfts.clone()) }
     }
 }
 
