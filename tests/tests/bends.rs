@@ -57,6 +57,9 @@ impl Cluster {
             (node("headstart-base", "b1"), node("headstart-drafter", "d1"));
         let (mut router, client) = router(&etcd);
         wait_ready(&client, &mut [&mut base, &mut drafter, &mut router]);
+        // A node whose record is seen may still wait for etcd's word that it is stored; it gives up
+        // without one. A few answers later it has that word.
+        (0..4).for_each(|_| assert_eq!(ask(&client).status, 200));
         Self { runtime, etcd, base, drafter, router, client }
     }
 
