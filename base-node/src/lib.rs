@@ -8,6 +8,7 @@
 pub mod answer;
 pub mod config;
 pub mod convert;
+pub mod gate;
 pub mod kv;
 pub mod metrics;
 pub mod node;

@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::convert::{self, Job};
+use crate::gate::DraftGate;
 use crate::kv::{Kv, KvOptions};
 use crate::metrics;
 use crate::rendezvous::{self, DraftInput, Link, Rendezvous};
@@ -136,7 +137,8 @@ impl Base for BaseService {
             Err(_) => None,
         };
         let (replies, receiver) = mpsc::channel(REPLY_QUEUE);
-        let handoff = Handoff { id, epoch, position: position.unwrap_or(0), frames, replies };
+        let gate = DraftGate::new(id, epoch, position.unwrap_or(0));
+        let handoff = Handoff { gate, frames, replies };
         if position.is_some() {
             tokio::spawn(handoff.run(link));
         } else {
@@ -160,17 +162,14 @@ impl Base for BaseService {
 
 /// One draft's way from the wire to its session.
 struct Handoff {
-    id: RequestId,
-    epoch: Epoch,
-    /// Draft tokens received, in the drafter's tokens.
-    position: u32,
+    gate: DraftGate,
     frames: Streaming<v1::HandoffFrame>,
     replies: mpsc::Sender<Result<v1::HandoffReply, Status>>,
 }
 
 impl Handoff {
     async fn run(mut self, mut link: Link) {
-        let drafted = self.position;
+        let drafted = self.gate.position();
         self.reply(handoff_reply::Event::Accepted(v1::HandoffAccepted { drafted })).await;
         loop {
             tokio::select! {
@@ -201,41 +200,11 @@ impl Handoff {
         }
     }
 
-    /// A frame of another request or attempt, or one that leaves a gap, breaks the handoff; tokens
-    /// that were seen already are dropped.
     fn check(&mut self, frame: v1::HandoffFrame) -> Result<Option<DraftInput>, Error> {
-        if frame.request_id != self.id.as_str() || frame.epoch != self.epoch.get() {
-            let message = format!(
-                "expected frames of request {} attempt {}, found {} attempt {}",
-                self.id, self.epoch, frame.request_id, frame.epoch
-            );
-            return Err(Error::new(ErrorCode::Protocol, message));
-        }
-        if frame.position > self.position {
-            let message =
-                format!("expected draft position {}, found {}", self.position, frame.position);
-            return Err(Error::new(ErrorCode::Protocol, message));
-        }
-        match frame.event {
-            Some(handoff_frame::Event::Tokens(_)) if frame.position < self.position => Ok(None),
-            Some(handoff_frame::Event::Tokens(v1::DraftTokens { count, ids, text })) => {
-                if !ids.is_empty() && ids.len() != count as usize {
-                    let message = format!("expected {count} draft ids, found {}", ids.len());
-                    return Err(Error::new(ErrorCode::Protocol, message));
-                }
-                self.position = self.position.saturating_add(count);
-                metrics::draft_received(count);
-                Ok(Some(if ids.is_empty() {
-                    DraftInput::Text { count, text }
-                } else {
-                    DraftInput::Ids(ids)
-                }))
-            }
-            Some(handoff_frame::Event::Ended(_)) => Ok(Some(DraftInput::Ended)),
-            Some(handoff_frame::Event::Open(_)) | None => {
-                Err(Error::new(ErrorCode::Protocol, "expected draft tokens or the draft's end"))
-            }
-        }
+        let before = self.gate.position();
+        let input = self.gate.admit(frame)?;
+        metrics::draft_received(self.gate.position() - before);
+        Ok(input)
     }
 
     async fn stop(&self, reason: DraftEnd) {
@@ -244,9 +213,9 @@ impl Handoff {
 
     async fn reply(&self, event: handoff_reply::Event) {
         let reply = v1::HandoffReply {
-            request_id: self.id.to_string(),
-            epoch: self.epoch.get(),
-            position: self.position,
+            request_id: self.gate.id().to_string(),
+            epoch: self.gate.epoch().get(),
+            position: self.gate.position(),
             event: Some(event),
         };
         // A drafter that hung up needs no reply.

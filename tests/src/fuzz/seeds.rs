@@ -1,6 +1,13 @@
 //! Right inputs, small and varied: what mutation starts from.
 
+use futures::FutureExt as _;
+use headstart_engine::{KvDtype, KvFormat, KvLayout, ModelHash};
+use headstart_handoff::wire::{
+    Hello, ReceiverFrame, SenderFrame, write_control, write_page, write_receiver,
+};
+use headstart_handoff::{Refusal, RefusalCode};
 use headstart_proto::v1::{self, serve_frame};
+use headstart_proto::{Epoch, RequestId};
 use headstart_text::ModelText;
 use prost::Message;
 use serde_json::{Value, json};
@@ -145,6 +152,61 @@ pub(super) fn serve_frames() -> Vec<Vec<u8>> {
         answer.iter().map(frame).flat_map(|frame| frame.encode_length_delimited_to_vec()).collect()
     };
     answers.iter().map(encode).collect()
+}
+
+/// A draft, frame after frame.
+pub(super) fn handoff_frames() -> Vec<Vec<u8>> {
+    use v1::handoff_frame::Event;
+    let tokens = |position, count, ids: &[u32], text: &str| {
+        (position, Event::Tokens(v1::DraftTokens { count, ids: ids.to_vec(), text: text.into() }))
+    };
+    let ended = v1::DraftEnded { reason: v1::DraftEnd::Eos.into() };
+    let drafts = [
+        [tokens(0, 3, &[1, 2, 3], ""), tokens(1, 2, &[2, 3], ""), (3, Event::Ended(ended))],
+        [tokens(0, 2, &[], "Hello"), tokens(2, 4, &[], " w\u{f6}rld"), (6, Event::Ended(ended))],
+    ];
+    let frame = |(position, event): &(u32, Event)| {
+        let (request_id, event) = ("r".to_owned(), Some(event.clone()));
+        let frame = v1::HandoffFrame { request_id, epoch: 1, position: *position, event };
+        frame.encode_length_delimited_to_vec()
+    };
+    drafts.iter().map(|draft| draft.iter().flat_map(frame).collect()).collect()
+}
+
+/// The pages of the KV seeds.
+pub(super) const KV_LAYOUT: KvLayout =
+    KvLayout { page_size: 4, layers: 2, kv_heads: 1, head_dim: 4, dtype: KvDtype::F16, tp: 1 };
+
+fn kv_format() -> KvFormat {
+    KvFormat { model: ModelHash([7; 32]), layout: KV_LAYOUT }
+}
+
+pub(super) fn kv_receiver_frames() -> Vec<Vec<u8>> {
+    let Ok(request_id) = RequestId::new("018f-r") else { return Vec::new() };
+    let hello = Hello { request_id, epoch: Epoch::FIRST, format: kv_format() };
+    let frames = [ReceiverFrame::Hello(hello), ReceiverFrame::OtherVersion(9), ReceiverFrame::Done];
+    let mut out = Vec::new();
+    for frame in &frames {
+        let _ = write_receiver(&mut out, frame).now_or_never();
+    }
+    vec![out]
+}
+
+pub(super) fn kv_sender_frames() -> Vec<Vec<u8>> {
+    let refusal = Refusal::new(RefusalCode::Busy, "no");
+    let last = [SenderFrame::End { pages: 2 }, SenderFrame::Refuse(refusal)];
+    let stream = |last: &SenderFrame| {
+        let mut out = Vec::new();
+        let _ = write_control(&mut out, &SenderFrame::Accept(kv_format())).now_or_never();
+        for page in 0..2 {
+            let data = vec![page as u8; KV_LAYOUT.page_bytes()];
+            let _ = write_page(&mut out, page, &[1, 2, 3, 4], &data).now_or_never();
+            let _ = write_control(&mut out, &SenderFrame::Alive).now_or_never();
+        }
+        let _ = write_control(&mut out, last).now_or_never();
+        out
+    };
+    last.iter().map(stream).collect()
 }
 
 pub(super) fn error_trailers() -> Vec<Vec<u8>> {

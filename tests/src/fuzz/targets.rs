@@ -3,18 +3,21 @@
 use std::io::Write as _;
 use std::path::Path;
 
+use futures::FutureExt as _;
 use headstart_base_node::convert::Job as BaseJob;
+use headstart_base_node::gate::DraftGate;
 use headstart_cluster::NodeRecord;
 use headstart_drafter_node::convert::Job as DrafterJob;
 use headstart_engine::Limits;
 use headstart_formats::gguf::Gguf;
 use headstart_formats::hf::HfConfig;
 use headstart_formats::safetensors::SafetensorsFile;
-use headstart_proto::v1;
+use headstart_handoff::wire::{read_receiver, read_sender};
+use headstart_proto::{Epoch, RequestId, v1};
 use headstart_router::{RouterConfig, testing};
 use headstart_service::config::parse_from;
-use headstart_text::{ChatTemplate, Message, ModelText, Role, TemplateTokens, Tokenizer};
-use prost::Message as _;
+use headstart_text::{ChatTemplate, ModelText, Role, TemplateTokens, Tokenizer};
+use prost::Message;
 
 use super::Target;
 use super::seeds;
@@ -134,7 +137,34 @@ pub const ALL: &[Target] = &[
         words: &[],
         bytes_max: 16 * KIB,
         memory_max: 4 * MIB,
-        run: |input| drop(testing::admit_frames(delimited(input))),
+        run: |input| drop(testing::admit_frames(delimited::<v1::ServeFrame>(input))),
+    },
+    Target {
+        name: "grpc-handoff-frames",
+        seeds: seeds::handoff_frames,
+        words: &[],
+        bytes_max: 16 * KIB,
+        memory_max: 4 * MIB,
+        run: handoff_frames,
+    },
+    Target {
+        name: "kv-receiver-frames",
+        seeds: seeds::kv_receiver_frames,
+        words: &["HSKV"],
+        bytes_max: 16 * KIB,
+        memory_max: 4 * MIB,
+        run: |mut input| while let Some(Ok(_)) = read_receiver(&mut input).now_or_never() {},
+    },
+    Target {
+        name: "kv-sender-frames",
+        seeds: seeds::kv_sender_frames,
+        words: &[],
+        bytes_max: 16 * KIB,
+        memory_max: 4 * MIB,
+        run: |mut input| {
+            let layout = Some(&seeds::KV_LAYOUT);
+            while let Some(Ok(_)) = read_sender(&mut input, layout, Vec::new()).now_or_never() {}
+        },
     },
     Target {
         name: "error-trailer",
@@ -220,14 +250,24 @@ pub const ALL: &[Target] = &[
     },
 ];
 
-/// Frames as they lie one behind the other, each after its length.
-fn delimited(mut input: &[u8]) -> Vec<v1::ServeFrame> {
-    let mut frames = Vec::new();
+/// Messages as they lie one behind the other, each after its length.
+fn delimited<M: Message + Default>(mut input: &[u8]) -> Vec<M> {
+    let mut messages = Vec::new();
     while !input.is_empty() {
-        let Ok(frame) = v1::ServeFrame::decode_length_delimited(&mut input) else { break };
-        frames.push(frame);
+        let Ok(message) = M::decode_length_delimited(&mut input) else { break };
+        messages.push(message);
     }
-    frames
+    messages
+}
+
+fn handoff_frames(input: &[u8]) {
+    let Ok(id) = RequestId::new("r") else { return };
+    let mut gate = DraftGate::new(id, Epoch::FIRST, 0);
+    for frame in delimited::<v1::HandoffFrame>(input) {
+        if gate.admit(frame).is_err() {
+            return;
+        }
+    }
 }
 
 fn error_trailer(input: &[u8]) {
@@ -242,10 +282,10 @@ fn chat_template(input: &[u8]) {
     let tokens = TemplateTokens { bos_token: Some("<s>".into()), ..TemplateTokens::default() };
     if let Ok(template) = ChatTemplate::new(source, tokens) {
         let _ = template.render(&[
-            Message::new(Role::System, "Be kind."),
-            Message::new(Role::User, "Hello <b>"),
-            Message::new(Role::Assistant, "Hi!"),
-            Message::new(Role::User, "{{ messages }}"),
+            headstart_text::Message::new(Role::System, "Be kind."),
+            headstart_text::Message::new(Role::User, "Hello <b>"),
+            headstart_text::Message::new(Role::Assistant, "Hi!"),
+            headstart_text::Message::new(Role::User, "{{ messages }}"),
         ]);
     }
 }
