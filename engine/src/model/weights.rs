@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{LoadError, LoadOptions, Model, ModelConfig, Progress, Shard};
 
-/// See the [module](self). Clones share the memory.
+/// A model in memory, whole or in parts. Clones share the memory.
 #[derive(Clone, Debug)]
 pub struct Weights(Vec<Arc<Model>>);
 
