@@ -379,7 +379,7 @@ pub(super) fn templates() -> Vec<Vec<u8>> {
          {% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% elif m.role == 'system' %}\
          {{ raise_exception('no system') }}{% else %}{{ m.content.split('x')[-1] }}{% endif %}{% endfor %}",
         "{%- macro show(x, deep=false) -%}{{ x | tojson(indent=2) }}{%- endmacro -%}{{ show(messages) }}\
-         {%- for k, v in messages[0].items() %}{{ k ~ '=' ~ v }}{% endfor -%}{{ 'a' * 3 }}{{ range(5) | list }}\
+         {%- for k, v in messages[0].items() %}{{ k ~ '=' ~ v }}{% endfor -%}{{ range(5) | list }}\
          {{ strftime_now('%d %b %Y') }}{% generation %}x{% endgeneration %}",
     ]
     .map(|template| template.as_bytes().to_vec())

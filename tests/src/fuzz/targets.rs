@@ -44,6 +44,8 @@ const ASK: &[&str] = &[
     "\"headstart\":",
     "\"prompt\":",
 ];
+/// Chained repetitions of strings are left out: minijinja folds them at every depth, which is slow
+/// and within its bounds.
 const TEMPLATE: &[&str] = &[
     "{{",
     "}}",
@@ -64,7 +66,6 @@ const TEMPLATE: &[&str] = &[
     "namespace(",
     "raise_exception('x')",
     "strftime_now('%Y')",
-    " * ",
     " ~ ",
     "[::-1]",
     ".split(' ')",
