@@ -147,7 +147,10 @@ pub async fn run(
         Some(address) => Some(bind("metrics", address).await?),
         None => None,
     };
-    let membership = node.membership().await?;
+    let membership = tokio::select! {
+        membership = node.membership() => membership?,
+        () = shutdown.cancelled() => return Ok(()),
+    };
     let dtype = model.dtype.clone();
     let loading = tokio::task::spawn_blocking(move || load(&model, base_prompt));
     let (engine, text) = tokio::select! {
@@ -171,7 +174,14 @@ pub async fn run(
         lifetimes: node.lifetimes(),
         dialer: Dialer::default(),
     };
-    start(tiered, options, engine, &text, &*membership, listener, shutdown).await?.ended().await
+    let starting = start(tiered, options, engine, &text, &*membership, listener, shutdown.clone());
+    let mut running = tokio::select! {
+        biased;
+        started = starting => started?,
+        // It waits for etcd.
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    running.ended().await
 }
 
 fn record(

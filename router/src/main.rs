@@ -22,9 +22,11 @@ fn main() -> ExitCode {
         let shutdown = shutdown::on_signals().map_err(|error| fail(&error))?;
         let http = bind("http", config.http).await.map_err(|error| fail(&error))?;
         let grpc = bind("grpc", config.grpc).await.map_err(|error| fail(&error))?;
-        let etcd = Etcd::connect(&config.etcd, &config.cluster, config.etcd_timeout)
-            .await
-            .map_err(|error| fail(&error))?;
+        let etcd = tokio::select! {
+            etcd = Etcd::connect(&config.etcd, &config.cluster, config.etcd_timeout) => etcd,
+            () = shutdown.cancelled() => return Ok(()),
+        };
+        let etcd = etcd.map_err(|error| fail(&error))?;
         let router = headstart_router::start(options, Arc::new(etcd), http, grpc, shutdown)
             .await
             .map_err(|error| fail(&error))?;

@@ -17,6 +17,9 @@ use crate::server::{GrpcServer, RunningServer, ServeError};
 /// How long live work may take to end when a node is asked to stop, unless it is told otherwise.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How soon a node that could not register tries again.
+const REGISTER_RETRY: Duration = Duration::from_secs(1);
+
 /// How often a node looks whether its engine still runs.
 const ALIVE_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -99,11 +102,12 @@ pub struct RunningNode {
 }
 
 impl NodeParts {
-    /// Serves on `listener` and registers. The node runs until `shutdown`; then it takes no new
-    /// work, says so in its record, gives live work its time, deregisters and closes.
+    /// Serves on `listener` and registers, waiting for a store that is away. The node runs until
+    /// `shutdown`; then it takes no new work, says so in its record, gives live work its time,
+    /// deregisters and closes.
     ///
     /// # Errors
-    /// When the node cannot register.
+    /// When the node must not register.
     pub async fn start(
         self,
         listener: impl Into<Listener>,
@@ -112,7 +116,7 @@ impl NodeParts {
     ) -> Result<RunningNode, NodeError> {
         let Self { record, server, draining, sessions, alive, lifetimes } = self;
         let server = server.keep_alive(lifetimes.keep_alive).start(listener).await;
-        let registration = membership.register(record.clone(), lifetimes.lease_ttl).await?;
+        let registration = register(membership, &record, lifetimes.lease_ttl).await?;
         tracing::info!(
             node_id = %record.node_id, tier = %record.tier, address = %record.address,
             model = %record.model, slots = record.slots, "node is ready"
@@ -120,6 +124,23 @@ impl NodeParts {
         let life = Life { server, registration, draining, sessions, alive, lifetimes };
         let task = tokio::spawn(life.run(shutdown));
         Ok(RunningNode { record, task, joined: false })
+    }
+}
+
+/// A store that is away is waited for, as it would be later in the node's life.
+async fn register(
+    membership: &dyn Membership,
+    record: &NodeRecord,
+    ttl: Duration,
+) -> Result<Registration, ClusterError> {
+    loop {
+        match membership.register(record.clone(), ttl).await {
+            Err(error @ ClusterError::Unreachable { .. }) => {
+                tracing::warn!(node_id = %record.node_id, %error, "cannot register yet");
+                tokio::time::sleep(REGISTER_RETRY).await;
+            }
+            outcome => return outcome,
+        }
     }
 }
 

@@ -3,10 +3,14 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use headstart_cluster::{BaseRole, InMemory, Membership, NodeRecord, Tier, View, incarnation_now};
+use futures::future::BoxFuture;
+use headstart_cluster::{
+    BaseRole, ClusterError, InMemory, Membership, NodeRecord, Registration, Tier, View,
+    incarnation_now,
+};
 use headstart_proto::v1::node_client::NodeClient;
 use headstart_proto::v1::node_server::{Node, NodeServer};
 use headstart_proto::v1::{
@@ -61,6 +65,35 @@ fn record(address: SocketAddr, text: &ModelText) -> NodeRecord {
     }
 }
 
+/// A store that is away for the first `away` calls.
+struct Away {
+    away: AtomicUsize,
+    members: InMemory,
+}
+
+impl Membership for Away {
+    fn register(
+        &self,
+        record: NodeRecord,
+        ttl: Duration,
+    ) -> BoxFuture<'_, Result<Registration, ClusterError>> {
+        let before =
+            self.away.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+        match before {
+            Ok(_) => {
+                let (endpoints, cause) = ("etcd:2379".into(), "no answer".into());
+                let error = ClusterError::Unreachable { endpoints, timeout: PATIENCE, cause };
+                Box::pin(async { Err(error) })
+            }
+            Err(_) => self.members.register(record, ttl),
+        }
+    }
+
+    fn watch(&self) -> watch::Receiver<Arc<View>> {
+        self.members.watch()
+    }
+}
+
 struct Started {
     node: RunningNode,
     channel: Channel,
@@ -72,7 +105,16 @@ struct Started {
 }
 
 async fn start(drain_timeout: Duration) -> Started {
-    let (listener, text, members) = (listen().await, text(), InMemory::new());
+    let members = InMemory::new();
+    start_with(drain_timeout, &members, members.clone()).await
+}
+
+async fn start_with(
+    drain_timeout: Duration,
+    membership: &dyn Membership,
+    members: InMemory,
+) -> Started {
+    let (listener, text) = (listen().await, text());
     let record = record(listener.local_addr().unwrap(), &text);
     let (draining, sessions) = (CancellationToken::new(), TaskTracker::new());
     let shutdown = CancellationToken::new();
@@ -98,7 +140,7 @@ async fn start(drain_timeout: Duration) -> Started {
             ..Lifetimes::default()
         },
     };
-    let node = parts.start(listener, &members, shutdown.clone()).await.unwrap();
+    let node = parts.start(listener, membership, shutdown.clone()).await.unwrap();
     let channel = channel::connect(&record.address, PATIENCE).await.unwrap();
     Started { node, channel, members, draining, sessions, shutdown, alive }
 }
@@ -111,6 +153,15 @@ async fn until(mut view: watch::Receiver<Arc<View>>, what: &str, ok: impl Fn(&Vi
 async fn health(channel: Channel, service: &str) -> Result<i32, Status> {
     let request = HealthCheckRequest { service: service.into() };
     Ok(HealthClient::new(channel).check(request).await?.into_inner().status)
+}
+
+#[tokio::test]
+async fn a_store_that_is_away_at_the_start_is_waited_for() {
+    let members = InMemory::new();
+    let store = Away { away: AtomicUsize::new(2), members: members.clone() };
+    let started = start_with(Duration::from_secs(5), &store, members).await;
+    until(started.members.watch(), "the node", |view| view.nodes.len() == 1).await;
+    assert_eq!(store.away.load(Ordering::SeqCst), 0);
 }
 
 #[tokio::test]

@@ -483,6 +483,13 @@ impl Part {
     }
 
     async fn end(&self, by_call: bool) -> io::Result<()> {
+        let mut child = self.child.lock().await;
+        if child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(Some(_)))) {
+            // It ended by itself a moment ago (no etcd when it started), and leaves nothing to drain.
+            *child = None;
+            return Ok(());
+        }
+        drop(child);
         if by_call {
             let mut node = self.node().await.map_err(io::Error::other)?;
             node.drain(DrainRequest {}).await.map_err(io::Error::other)?;
