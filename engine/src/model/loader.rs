@@ -13,8 +13,8 @@ use super::source::{Record, Source};
 use super::{Layer, Linear, Model, Progress, WeightDtype, Whole};
 use crate::executor::ModelHash;
 
-/// Rows that are read together where columns are cut out of them.
-const COLUMN_CUT_ROWS: usize = 64;
+/// Bytes that are read together, about.
+const STRIP_BYTES: usize = 8 << 20;
 
 /// A part of one dimension of a tensor.
 struct Cut {
@@ -30,13 +30,9 @@ impl Cut {
     fn of(size: usize, part: &Range<usize>) -> Self {
         Self { size, part: part.clone() }
     }
-
-    fn is_all(&self) -> bool {
-        self.part.len() == self.size
-    }
 }
 
-/// One model being read. Buffers are reused, so the peak is the weights and the largest tensor.
+/// One model being read, a strip of rows at a time, so the peak is the weights and one strip.
 pub(super) struct Loader<'a> {
     source: Source,
     names: Names,
@@ -169,20 +165,6 @@ impl<'a> Loader<'a> {
         })
     }
 
-    /// Reads rows of a tensor of this shape and reports progress.
-    fn read(
-        &mut self,
-        name: &str,
-        shape: &[usize],
-        rows: Option<&Range<usize>>,
-    ) -> Result<DType, LoadError> {
-        let Record { dtype, rows: all } = self.source.record(name, shape)?;
-        let rows = rows.cloned().unwrap_or(0..all);
-        self.source.read_rows(name, rows, &mut self.bytes)?;
-        self.loaded(self.bytes.len());
-        Ok(dtype)
-    }
-
     fn loaded(&mut self, bytes: usize) {
         self.bytes_loaded += bytes as u64;
         let (bytes_loaded, bytes_total) = (self.bytes_loaded, self.bytes_total);
@@ -198,71 +180,42 @@ impl<'a> Loader<'a> {
         cols: &Cut,
         rotary: Option<usize>,
     ) -> Result<Matrix, LoadError> {
-        if !cols.is_all() {
-            return self.columns(name, rows.size, cols);
-        }
-        let dtype = self.read(name, &[rows.size, cols.size], Some(&rows.part))?;
-        let (rows, cols) = (rows.part.len(), cols.size);
-        if let Some(head_dim) = rotary {
-            half_split(&self.bytes, rows, head_dim, &mut self.spare);
-            std::mem::swap(&mut self.bytes, &mut self.spare);
-        }
-        self.keep(name, dtype, rows, cols)
-    }
-
-    /// Some columns of a `[rows][cols]` matrix. The whole rows are read a few at a time, so that no
-    /// rank ever holds another one's columns.
-    fn columns(&mut self, name: &str, rows: usize, cols: &Cut) -> Result<Matrix, LoadError> {
-        let Record { dtype, .. } = self.source.record(name, &[rows, cols.size])?;
-        let refused = |loader: &Self, error| loader.refused(name, &error);
-        let row_bytes = dtype.bytes_for(cols.size).map_err(|e| refused(self, e))?;
-        let part = (dtype.bytes_for(cols.part.start), dtype.bytes_for(cols.part.end));
-        let mut kept = Vec::new();
-        let mut floats = Vec::new();
-        for start in (0..rows).step_by(COLUMN_CUT_ROWS) {
-            let end = rows.min(start + COLUMN_CUT_ROWS);
-            self.source.read_rows(name, start..end, &mut self.bytes)?;
-            self.loaded(self.bytes.len() / self.shard.ranks);
-            if let (Ok(from), Ok(to)) = part {
-                self.bytes.chunks_exact(row_bytes).for_each(|r| kept.extend(&r[from..to]));
-                continue;
-            }
+        let Record { dtype, .. } = self.source.record(name, &[rows.size, cols.size])?;
+        let row_bytes = dtype.bytes_for(cols.size).map_err(|e| self.refused(name, &e))?;
+        let cut = match (dtype.bytes_for(cols.part.start), dtype.bytes_for(cols.part.end)) {
+            (Ok(from), Ok(to)) => Some(from..to),
             // The cut goes through blocks of quantised weights.
-            self.expand(name, dtype, end - start, cols.size)?;
-            let expanded = self.floats.chunks_exact(cols.size);
-            expanded.for_each(|row| floats.extend(&row[cols.part.clone()]));
-        }
-        let (whole_blocks, cols) = (floats.is_empty(), cols.part.len());
-        if whole_blocks {
-            self.bytes = kept;
-            return self.keep(name, dtype, rows, cols);
-        }
+            _ => None,
+        };
         let storage = match self.dtype {
-            WeightDtype::Bf16 => DType::BF16,
+            WeightDtype::Auto if cut.is_some() => dtype,
             WeightDtype::Auto | WeightDtype::F32 => DType::F32,
-        };
-        Ok(Matrix::from_f32(self.pool, &floats, rows, cols, storage))
-    }
-
-    /// `self.bytes` as a `[rows][cols]` matrix, kept as `self.dtype` says.
-    fn keep(
-        &mut self,
-        name: &str,
-        dtype: DType,
-        rows: usize,
-        cols: usize,
-    ) -> Result<Matrix, LoadError> {
-        let storage = match self.dtype {
-            WeightDtype::Auto => dtype,
-            WeightDtype::F32 => DType::F32,
             WeightDtype::Bf16 => DType::BF16,
         };
-        if storage == dtype {
-            return Matrix::from_bytes_with(self.pool, dtype, &self.bytes, rows, cols)
-                .map_err(|e| self.refused(name, &e));
+        let mut matrix = Matrix::zeros(storage, rows.part.len(), cols.part.len())
+            .map_err(|e| self.refused(name, &e))?;
+        let step = strip_rows(row_bytes, rotary);
+        for start in rows.part.clone().step_by(step) {
+            let strip = start..rows.part.end.min(start + step);
+            let (count, first) = (strip.len(), start - rows.part.start);
+            self.source.read_rows(name, strip, &mut self.bytes)?;
+            self.loaded(self.bytes.len() * cols.part.len() / cols.size.max(1));
+            if let Some(head_dim) = rotary {
+                half_split(&self.bytes, count, head_dim, &mut self.spare);
+                std::mem::swap(&mut self.bytes, &mut self.spare);
+            }
+            if storage == dtype
+                && let Some(cut) = &cut
+            {
+                cut_columns(&mut self.bytes, row_bytes, cut);
+                matrix.fill(self.pool, first, &self.bytes).map_err(|e| self.refused(name, &e))?;
+            } else {
+                self.expand(name, dtype, count, cols.size)?;
+                cut_columns(&mut self.floats, cols.size, &cols.part);
+                matrix.fill_f32(self.pool, first, &self.floats);
+            }
         }
-        self.expand(name, dtype, rows, cols)?;
-        Ok(Matrix::from_f32(self.pool, &self.floats, rows, cols, storage))
+        Ok(matrix)
     }
 
     /// A part of a vector.
@@ -272,7 +225,9 @@ impl<'a> Loader<'a> {
         cut: &Cut,
         rotary: Option<usize>,
     ) -> Result<Vec<f32>, LoadError> {
-        let dtype = self.read(name, &[cut.size], None)?;
+        let Record { dtype, rows } = self.source.record(name, &[cut.size])?;
+        self.source.read_rows(name, 0..rows, &mut self.bytes)?;
+        self.loaded(self.bytes.len());
         self.expand(name, dtype, 1, cut.size)?;
         let floats = &self.floats;
         Ok(match rotary {
@@ -345,9 +300,55 @@ pub(super) fn half_split(bytes: &[u8], rows: usize, head_dim: usize, out: &mut V
     }
 }
 
+/// Rows of a strip: whole panels of a matrix, and whole heads where these are reordered.
+fn strip_rows(row_bytes: usize, rotary: Option<usize>) -> usize {
+    let heads = rotary.unwrap_or(1).max(1);
+    let (mut a, mut b) = (heads, Matrix::ROWS);
+    while b > 0 {
+        (a, b) = (b, a % b);
+    }
+    let unit = heads / a * Matrix::ROWS;
+    (STRIP_BYTES / row_bytes.max(1) / unit).max(1) * unit
+}
+
+/// Keeps columns `part` of rows of `width` elements each.
+fn cut_columns<T: Copy>(rows: &mut Vec<T>, width: usize, part: &Range<usize>) {
+    if part.len() == width {
+        return;
+    }
+    let count = rows.len() / width.max(1);
+    for row in 0..count {
+        rows.copy_within(row * width + part.start..row * width + part.end, row * part.len());
+    }
+    rows.truncate(count * part.len());
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn strips_are_whole_panels_and_heads() {
+        for (row_bytes, rotary, want) in [
+            (1 << 30, None, 16),
+            (1 << 30, Some(64), 64),
+            (1 << 30, Some(80), 80),
+            (1 << 30, Some(24), 48),
+            (1 << 10, None, 8192),
+            (3 << 10, Some(80), 2720),
+        ] {
+            assert_eq!(strip_rows(row_bytes, rotary), want, "{row_bytes} {rotary:?}");
+        }
+    }
+
+    #[test]
+    fn columns_are_cut_in_place() {
+        let mut rows: Vec<usize> = (0..12).collect();
+        cut_columns(&mut rows, 4, &(1..3));
+        assert_eq!(rows, [1, 2, 5, 6, 9, 10]);
+        cut_columns(&mut rows, 2, &(0..2));
+        assert_eq!(rows, [1, 2, 5, 6, 9, 10]);
+    }
 
     #[test]
     fn interleaved_rows_come_back_in_order() {

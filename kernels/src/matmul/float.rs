@@ -33,22 +33,39 @@ thread_local! {
     static SCRATCH: RefCell<Buffer> = RefCell::new(Buffer::new(0));
 }
 
+/// Bytes of a panel of a type that is packed.
+fn panel_bytes(dtype: DType, cols: usize) -> usize {
+    let depth = if dtype == DType::BF16 { cols.next_multiple_of(DEPTH) } else { cols };
+    PANEL * depth * dtype.block_bytes()
+}
+
 impl FloatTiles {
-    /// Packs rows that `row(index, out)` yields as `dtype` (F32, F16 or BF16).
-    pub(super) fn pack(
+    /// A matrix of zeros.
+    pub(super) fn zeros(dtype: DType, rows: usize, cols: usize) -> Self {
+        let bytes = match dtype {
+            DType::F32 | DType::F16 | DType::BF16 => {
+                rows.div_ceil(PANEL) * panel_bytes(dtype, cols)
+            }
+            _ => rows * (cols / dtype.block_len() * dtype.block_bytes()),
+        };
+        FloatTiles { dtype, rows, cols, data: Buffer::new(bytes) }
+    }
+
+    /// Packs `count` rows that `row(index, out)` yields, from row `first` on, which begins a panel.
+    pub(super) fn fill_with(
+        &mut self,
         pool: &ThreadPool,
-        dtype: DType,
-        rows: usize,
-        cols: usize,
+        first: usize,
+        count: usize,
         row: &(dyn Fn(usize, &mut [f32]) + Sync),
-    ) -> Self {
-        let size = dtype.block_bytes();
-        let depth = if dtype == DType::BF16 { cols.next_multiple_of(DEPTH) } else { cols };
-        let panel_bytes = PANEL * depth * size;
-        let mut data = Buffer::new(rows.div_ceil(PANEL) * panel_bytes);
-        pool.run_chunks(data.bytes_mut(), panel_bytes.max(1), &|p, panel| {
+    ) {
+        let (dtype, cols) = (self.dtype, self.cols);
+        let (size, panel_bytes) = (dtype.block_bytes(), panel_bytes(dtype, cols));
+        let panels = &mut self.data.bytes_mut()[first / PANEL * panel_bytes..];
+        let panels = &mut panels[..count.div_ceil(PANEL) * panel_bytes];
+        pool.run_chunks(panels, panel_bytes.max(1), &|p, panel| {
             let mut one = vec![0.0; cols];
-            for lane in 0..PANEL.min(rows - p * PANEL) {
+            for lane in 0..PANEL.min(count - p * PANEL) {
                 row(p * PANEL + lane, &mut one);
                 for (k, v) in one.iter().enumerate() {
                     let at = match dtype {
@@ -69,25 +86,18 @@ impl FloatTiles {
                 }
             }
         });
-        FloatTiles { dtype, rows, cols, data }
     }
 
-    /// Takes over `bytes` in file order; their length has been checked.
-    pub(super) fn from_bytes(
-        pool: &ThreadPool,
-        dtype: DType,
-        bytes: &[u8],
-        rows: usize,
-        cols: usize,
-    ) -> Self {
+    /// Takes over whole rows in file order, from row `first` on, which begins a panel.
+    pub(super) fn fill(&mut self, pool: &ThreadPool, first: usize, bytes: &[u8]) {
+        let (dtype, cols) = (self.dtype, self.cols);
         if matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
-            let size = dtype.block_bytes();
-            let row = |r: usize, out: &mut [f32]| expand(dtype, &bytes[r * cols * size..], out);
-            return Self::pack(pool, dtype, rows, cols, &row);
+            let row_bytes = cols * dtype.block_bytes();
+            let row = |r: usize, out: &mut [f32]| expand(dtype, &bytes[r * row_bytes..], out);
+            return self.fill_with(pool, first, bytes.len() / row_bytes.max(1), &row);
         }
-        let mut data = Buffer::new(bytes.len());
-        data.bytes_mut().copy_from_slice(bytes);
-        FloatTiles { dtype, rows, cols, data }
+        let row_bytes = cols / dtype.block_len() * dtype.block_bytes();
+        self.data.bytes_mut()[first * row_bytes..][..bytes.len()].copy_from_slice(bytes);
     }
 
     pub(super) fn dtype(&self) -> DType {
@@ -104,7 +114,7 @@ impl FloatTiles {
 
     /// A BF16 panel and its bytes.
     pub(super) fn bf16_panel(&self, panel: usize) -> (*const u8, usize) {
-        let bytes = PANEL * self.cols.next_multiple_of(DEPTH) * 2;
+        let bytes = panel_bytes(DType::BF16, self.cols);
         (self.data.bytes()[panel * bytes..].as_ptr(), bytes)
     }
 

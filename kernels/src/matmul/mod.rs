@@ -60,6 +60,85 @@ impl Out {
 }
 
 impl Matrix {
+    /// Rows that are stored together: a matrix is filled in multiples of this.
+    pub const ROWS: usize = PANEL;
+
+    /// A matrix without values yet, all of whose rows are to be filled.
+    ///
+    /// # Errors
+    /// [`KernelError`] if a row is no whole number of blocks or the matrix is beyond the address
+    /// space.
+    pub fn zeros(dtype: DType, rows: usize, cols: usize) -> Result<Self, KernelError> {
+        Self::file_bytes(dtype, rows, cols)?;
+        let store = match Kind::of(dtype) {
+            Some(kind) => Store::Quant(QuantTiles::zeros(kind, rows, cols)),
+            None => Store::Float(FloatTiles::zeros(dtype, rows, cols)),
+        };
+        Ok(Matrix { rows, cols, store })
+    }
+
+    /// Bytes of `[rows][cols]` in a file.
+    fn file_bytes(dtype: DType, rows: usize, cols: usize) -> Result<usize, KernelError> {
+        let partial = KernelError::Partial { dtype, elements: usize::MAX };
+        rows.checked_mul(dtype.bytes_for(cols)?).ok_or(partial)
+    }
+
+    /// Repacks whole rows of the matrix's type, in file order, into it from row `first` on.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] if `bytes` is no whole number of rows.
+    ///
+    /// # Panics
+    /// If `first` is no multiple of [`Matrix::ROWS`], or rows lie outside the matrix.
+    pub fn fill(
+        &mut self,
+        pool: &ThreadPool,
+        first: usize,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        let row_bytes = self.dtype().bytes_for(self.cols)?;
+        let rows = bytes.len() / row_bytes.max(1);
+        if rows * row_bytes != bytes.len() {
+            let (what, expected, found) = ("bytes of rows", rows * row_bytes, bytes.len());
+            return Err(KernelError::Length { what, expected, found });
+        }
+        self.check_rows(first, rows);
+        match &mut self.store {
+            Store::Float(t) => t.fill(pool, first, bytes),
+            Store::Quant(t) => t.fill(pool, first, bytes),
+        }
+        Ok(())
+    }
+
+    /// Stores whole rows in an F32 or BF16 matrix from row `first` on.
+    ///
+    /// # Panics
+    /// If the matrix has another type, `data` is no whole number of rows, `first` is no multiple of
+    /// [`Matrix::ROWS`], or rows lie outside the matrix.
+    pub fn fill_f32(&mut self, pool: &ThreadPool, first: usize, data: &[f32]) {
+        let (cols, rows) = (self.cols, data.len() / self.cols.max(1));
+        assert_eq!(data.len(), rows * cols, "fill_f32: data of {rows} x {cols}");
+        self.check_rows(first, rows);
+        match &mut self.store {
+            Store::Float(t) if matches!(t.dtype(), DType::F32 | DType::BF16) => {
+                let row =
+                    |r: usize, out: &mut [f32]| out.copy_from_slice(&data[r * cols..][..cols]);
+                t.fill_with(pool, first, rows, &row);
+            }
+            _ => panic!("fill_f32: storage {}", self.dtype()),
+        }
+    }
+
+    fn check_rows(&self, first: usize, rows: usize) {
+        assert!(first.is_multiple_of(Self::ROWS), "fill: from row {first} on");
+        assert!(
+            first + rows <= self.rows,
+            "fill: rows {first} to {} of {}",
+            first + rows,
+            self.rows
+        );
+    }
+
     /// Stores `data` (`[rows][cols]`) as `storage`.
     ///
     /// # Panics
@@ -73,9 +152,10 @@ impl Matrix {
     ) -> Self {
         assert_eq!(data.len(), rows * cols, "from_f32: data of {rows} x {cols}");
         assert!(matches!(storage, DType::F32 | DType::BF16), "from_f32: storage {storage}");
-        let row = |r: usize, out: &mut [f32]| out.copy_from_slice(&data[r * cols..][..cols]);
-        let store = Store::Float(FloatTiles::pack(pool, storage, rows, cols, &row));
-        Matrix { rows, cols, store }
+        let store = Store::Float(FloatTiles::zeros(storage, rows, cols));
+        let mut matrix = Matrix { rows, cols, store };
+        matrix.fill_f32(pool, 0, data);
+        matrix
     }
 
     /// Repacks `bytes` of type `dtype`, `[rows][cols]` in file order. The type is kept.
@@ -102,19 +182,13 @@ impl Matrix {
         rows: usize,
         cols: usize,
     ) -> Result<Self, KernelError> {
-        let row_bytes = dtype.bytes_for(cols)?;
-        let expected = rows
-            .checked_mul(row_bytes)
-            .ok_or(KernelError::Partial { dtype, elements: usize::MAX })?;
-        if bytes.len() != expected {
-            let found = bytes.len();
+        let (expected, found) = (Self::file_bytes(dtype, rows, cols)?, bytes.len());
+        if found != expected {
             return Err(KernelError::Length { what: "bytes of the matrix", expected, found });
         }
-        let store = match Kind::of(dtype) {
-            Some(kind) => Store::Quant(QuantTiles::pack(pool, kind, bytes, rows, cols)),
-            None => Store::Float(FloatTiles::from_bytes(pool, dtype, bytes, rows, cols)),
-        };
-        Ok(Matrix { rows, cols, store })
+        let mut matrix = Self::zeros(dtype, rows, cols)?;
+        matrix.fill(pool, 0, bytes)?;
+        Ok(matrix)
     }
 
     /// Output columns.

@@ -169,20 +169,24 @@ pub(super) struct QuantTiles {
 }
 
 impl QuantTiles {
-    /// Repacks `bytes` in file order; their length has been checked.
-    pub(super) fn pack(
-        pool: &ThreadPool,
-        kind: Kind,
-        bytes: &[u8],
-        rows: usize,
-        cols: usize,
-    ) -> Self {
+    /// A matrix of zero bytes.
+    pub(super) fn zeros(kind: Kind, rows: usize, cols: usize) -> Self {
         let geometry = Geometry::new(kind, cols);
-        let mut data = Buffer::new(rows.div_ceil(PANEL) * geometry.panel_bytes);
-        let dtype = kind.dtype();
-        let row_bytes = cols / dtype.block_len() * dtype.block_bytes();
-        pool.run_chunks(data.bytes_mut(), geometry.panel_bytes.max(1), &|p, panel| {
-            for lane in 0..PANEL.min(rows - p * PANEL) {
+        let data = Buffer::new(rows.div_ceil(PANEL) * geometry.panel_bytes);
+        QuantTiles { geometry, rows, data }
+    }
+
+    /// Repacks whole rows in file order, from row `first` on, which begins a panel.
+    pub(super) fn fill(&mut self, pool: &ThreadPool, first: usize, bytes: &[u8]) {
+        let geometry = self.geometry;
+        let (kind, dtype) = (geometry.kind, geometry.kind.dtype());
+        let row_bytes = geometry.cols / dtype.block_len() * dtype.block_bytes();
+        let size = geometry.panel_bytes;
+        let count = bytes.len() / row_bytes.max(1);
+        let panels = &mut self.data.bytes_mut()[first / PANEL * size..];
+        let panels = &mut panels[..count.div_ceil(PANEL) * size];
+        pool.run_chunks(panels, size.max(1), &|p, panel| {
+            for lane in 0..PANEL.min(count - p * PANEL) {
                 let row = &bytes[(p * PANEL + lane) * row_bytes..][..row_bytes];
                 for (b, block) in row.chunks_exact(dtype.block_bytes()).enumerate() {
                     match kind {
@@ -193,7 +197,6 @@ impl QuantTiles {
                 }
             }
         });
-        QuantTiles { geometry, rows, data }
     }
 
     pub(super) fn dtype(&self) -> DType {
