@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use headstart_kernels::{DType, Matrix, ThreadPool, dequantise};
+use headstart_kernels::{Arena, DType, Matrix, ThreadPool, dequantise};
 
 use super::config::ModelConfig;
 use super::error::LoadError;
@@ -44,6 +44,7 @@ pub(super) struct Loader<'a> {
     progress: &'a mut dyn FnMut(Progress),
     bytes_loaded: u64,
     bytes_total: u64,
+    arena: Arena,
     bytes: Vec<u8>,
     spare: Vec<u8>,
     floats: Vec<f32>,
@@ -70,6 +71,7 @@ impl<'a> Loader<'a> {
             progress,
             bytes_loaded: 0,
             bytes_total,
+            arena: Arena::default(),
             bytes: Vec::new(),
             spare: Vec::new(),
             floats: Vec::new(),
@@ -192,7 +194,7 @@ impl<'a> Loader<'a> {
             WeightDtype::Auto | WeightDtype::F32 => DType::F32,
             WeightDtype::Bf16 => DType::BF16,
         };
-        let mut matrix = Matrix::zeros(storage, rows.part.len(), cols.part.len())
+        let mut matrix = Matrix::zeros(&self.arena, storage, rows.part.len(), cols.part.len())
             .map_err(|e| self.refused(name, &e))?;
         let step = strip_rows(row_bytes, rotary);
         for start in rows.part.clone().step_by(step) {

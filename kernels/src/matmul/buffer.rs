@@ -2,21 +2,74 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::MmapMut;
 
-/// From this size on a buffer is a mapping of its own that begins on a huge page and asks for more
-/// of them: a walk through gigabytes of weights would otherwise wait for the page table. No byte of
-/// it is resident before it is written, and all of it goes back when it is dropped, whatever the
-/// allocator.
+/// From this size on a buffer is part of a mapping that begins on a huge page and asks for more of
+/// them: a walk through gigabytes of weights would otherwise wait for the page table. No byte of it
+/// is resident before it is written, and all of it goes back to the system, whatever the allocator.
 const HUGE: usize = 2 << 20;
+/// Bytes of the mappings that matrices share.
+const CHUNK: usize = 64 << 20;
+
+/// Where the matrices of one model lie side by side, so that all but the last bytes of them are on
+/// huge pages. Memory goes back when the last matrix of a mapping is dropped.
+#[derive(Debug, Default)]
+pub struct Arena(Mutex<Option<Chunk>>);
+
+/// A mapping, and how much of it is taken.
+#[derive(Debug)]
+struct Chunk {
+    mapping: Arc<MmapMut>,
+    taken: usize,
+    end: usize,
+}
+
+impl Chunk {
+    /// A mapping with `len` bytes from a huge page on, if the system gives one.
+    fn new(len: usize) -> Option<Self> {
+        let len = len.checked_next_multiple_of(HUGE)?;
+        let mapping = MmapMut::map_anon(len.checked_add(HUGE)?).ok()?;
+        let taken = mapping.as_ptr().align_offset(HUGE);
+        // A system without huge pages refuses: that changes nothing but speed.
+        #[cfg(target_os = "linux")]
+        let _ = mapping.advise_range(memmap2::Advice::HugePage, taken, len);
+        Some(Chunk { mapping: Arc::new(mapping), taken, end: taken + len })
+    }
+
+    fn take(&mut self, len: usize) -> Option<Buffer> {
+        if self.end - self.taken < len {
+            return None;
+        }
+        let at = self.mapping.as_ptr().wrapping_add(self.taken).cast_mut();
+        self.taken = (self.taken + len).next_multiple_of(size_of::<Line>()).min(self.end);
+        Some(Buffer { ptr: NonNull::new(at)?, len, mapping: Some(Arc::clone(&self.mapping)) })
+    }
+}
+
+impl Arena {
+    /// A buffer of zeros among those that were made before.
+    fn buffer(&self, len: usize) -> Buffer {
+        if len == 0 || len > CHUNK / 2 {
+            return Buffer::new(len);
+        }
+        let mut chunk = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(buffer) = chunk.as_mut().and_then(|chunk| chunk.take(len)) {
+            return buffer;
+        }
+        *chunk = Chunk::new(CHUNK);
+        chunk.as_mut().and_then(|chunk| chunk.take(len)).unwrap_or_else(|| Buffer::new(len))
+    }
+}
 
 /// Zeroed bytes that begin on a cache line.
 pub(crate) struct Buffer {
     ptr: NonNull<u8>,
     len: usize,
-    /// Keeps a large buffer's memory; `None` for what comes from the allocator.
-    mapping: Option<MmapMut>,
+    /// Keeps the memory; `None` for what comes from the allocator. Buffers that share a mapping have
+    /// parts of it that do not overlap, and reach them through `ptr` alone.
+    mapping: Option<Arc<MmapMut>>,
 }
 
 // SAFETY: the memory is owned and plain bytes; access goes through `&self` and `&mut self`.
@@ -29,7 +82,8 @@ impl Buffer {
         if len == 0 {
             return Buffer { ptr: NonNull::<Line>::dangling().cast(), len, mapping: None };
         }
-        if let Some(buffer) = (len >= HUGE).then(|| Self::mapped(len)).flatten() {
+        let mapped = || Chunk::new(len)?.take(len);
+        if let Some(buffer) = (len >= HUGE).then(mapped).flatten() {
             return buffer;
         }
         let layout = Self::layout(len);
@@ -39,15 +93,9 @@ impl Buffer {
         Buffer { ptr, len, mapping: None }
     }
 
-    /// A mapping, if the system gives one.
-    fn mapped(len: usize) -> Option<Self> {
-        let mut mapping = MmapMut::map_anon(len.checked_add(HUGE)?).ok()?;
-        let skip = mapping.as_ptr().align_offset(HUGE);
-        // A system without huge pages refuses: that changes nothing but speed.
-        #[cfg(target_os = "linux")]
-        let _ = mapping.advise_range(memmap2::Advice::HugePage, skip, len);
-        let ptr = NonNull::new(mapping[skip..][..len].as_mut_ptr())?;
-        Some(Buffer { ptr, len, mapping: Some(mapping) })
+    /// A part of an arena, if there is one.
+    pub(crate) fn in_arena(arena: Option<&Arena>, len: usize) -> Self {
+        arena.map_or_else(|| Self::new(len), |arena| arena.buffer(len))
     }
 
     fn layout(len: usize) -> Layout {
@@ -118,15 +166,31 @@ struct Line([u8; 64]);
 mod tests {
     use super::*;
 
+    fn check(mut buffer: Buffer, len: usize, align: usize) -> Buffer {
+        assert_eq!((buffer.len(), buffer.bytes().len()), (len, len));
+        assert!(buffer.as_ptr().addr().is_multiple_of(align));
+        assert!(buffer.bytes().iter().all(|b| *b == 0));
+        buffer.bytes_mut().fill(7);
+        buffer
+    }
+
     #[test]
     fn buffers_of_all_sizes_are_zeroed_aligned_and_writable() {
         for len in [0, 1, 64, 4096, HUGE - 1, HUGE, HUGE + 4097, 3 * HUGE] {
-            let mut buffer = Buffer::new(len);
-            assert_eq!((buffer.len(), buffer.bytes().len()), (len, len));
-            assert!(buffer.as_ptr().addr().is_multiple_of(if len < HUGE { 64 } else { HUGE }));
-            assert!(buffer.bytes().iter().all(|b| *b == 0));
-            buffer.bytes_mut().fill(7);
-            assert!(buffer.bytes().iter().all(|b| *b == 7));
+            check(Buffer::new(len), len, if len < HUGE { 64 } else { HUGE });
         }
+    }
+
+    #[test]
+    fn buffers_of_an_arena_lie_apart_and_outlive_it() {
+        let arena = Arena::default();
+        let lens = [1, 100, HUGE + 1, 0, CHUNK / 2, CHUNK / 2 - HUGE, 5000, CHUNK / 2 + 1];
+        let all = lens.map(|len| check(arena.buffer(len), len, 64));
+        drop(arena);
+        for (buffer, len) in all.iter().zip(lens) {
+            assert!(buffer.bytes().iter().all(|b| *b == 7), "{len}");
+        }
+        // Those that fit share one mapping.
+        assert_eq!(all[1].as_ptr().addr() - all[0].as_ptr().addr(), 64);
     }
 }

@@ -4,7 +4,7 @@
 //! The sum of an output value runs over its inputs in ascending order, one fused multiply-add each,
 //! in chunks of [`CHUNK`] whose sums are added up in order.
 
-use super::buffer::Buffer;
+use super::buffer::{Arena, Buffer};
 use super::float_kernels::{Micro, micro};
 use super::{Out, PANEL};
 use crate::cpu::Isa;
@@ -41,14 +41,14 @@ fn panel_bytes(dtype: DType, cols: usize) -> usize {
 
 impl FloatTiles {
     /// A matrix of zeros.
-    pub(super) fn zeros(dtype: DType, rows: usize, cols: usize) -> Self {
+    pub(super) fn zeros(arena: Option<&Arena>, dtype: DType, rows: usize, cols: usize) -> Self {
         let bytes = match dtype {
             DType::F32 | DType::F16 | DType::BF16 => {
                 rows.div_ceil(PANEL) * panel_bytes(dtype, cols)
             }
             _ => rows * (cols / dtype.block_len() * dtype.block_bytes()),
         };
-        FloatTiles { dtype, rows, cols, data: Buffer::new(bytes) }
+        FloatTiles { dtype, rows, cols, data: Buffer::in_arena(arena, bytes) }
     }
 
     /// Packs `count` rows that `row(index, out)` yields, from row `first` on, which begins a panel.

@@ -25,6 +25,7 @@ mod vnni;
 use crate::cpu::{Cpu, Isa};
 use crate::pool::SendPtr;
 use crate::{DType, KernelError, ThreadPool};
+pub use buffer::Arena;
 use float::FloatTiles;
 use packed::{Kind, QuantTiles};
 
@@ -63,18 +64,27 @@ impl Matrix {
     /// Rows that are stored together: a matrix is filled in multiples of this.
     pub const ROWS: usize = PANEL;
 
-    /// A matrix without values yet, all of whose rows are to be filled.
+    /// A matrix without values yet, all of whose rows are to be filled, beside the others of `arena`.
     ///
     /// # Errors
     /// [`KernelError`] if a row is no whole number of blocks or the matrix is beyond the address
     /// space.
-    pub fn zeros(dtype: DType, rows: usize, cols: usize) -> Result<Self, KernelError> {
+    pub fn zeros(
+        arena: &Arena,
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, KernelError> {
         Self::file_bytes(dtype, rows, cols)?;
+        Ok(Self::unfilled(Some(arena), dtype, rows, cols))
+    }
+
+    fn unfilled(arena: Option<&Arena>, dtype: DType, rows: usize, cols: usize) -> Self {
         let store = match Kind::of(dtype) {
-            Some(kind) => Store::Quant(QuantTiles::zeros(kind, rows, cols)),
-            None => Store::Float(FloatTiles::zeros(dtype, rows, cols)),
+            Some(kind) => Store::Quant(QuantTiles::zeros(arena, kind, rows, cols)),
+            None => Store::Float(FloatTiles::zeros(arena, dtype, rows, cols)),
         };
-        Ok(Matrix { rows, cols, store })
+        Matrix { rows, cols, store }
     }
 
     /// Bytes of `[rows][cols]` in a file.
@@ -152,8 +162,7 @@ impl Matrix {
     ) -> Self {
         assert_eq!(data.len(), rows * cols, "from_f32: data of {rows} x {cols}");
         assert!(matches!(storage, DType::F32 | DType::BF16), "from_f32: storage {storage}");
-        let store = Store::Float(FloatTiles::zeros(storage, rows, cols));
-        let mut matrix = Matrix { rows, cols, store };
+        let mut matrix = Self::unfilled(None, storage, rows, cols);
         matrix.fill_f32(pool, 0, data);
         matrix
     }
@@ -186,7 +195,7 @@ impl Matrix {
         if found != expected {
             return Err(KernelError::Length { what: "bytes of the matrix", expected, found });
         }
-        let mut matrix = Self::zeros(dtype, rows, cols)?;
+        let mut matrix = Self::unfilled(None, dtype, rows, cols);
         matrix.fill(pool, 0, bytes)?;
         Ok(matrix)
     }

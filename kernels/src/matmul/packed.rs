@@ -17,7 +17,7 @@
 //! inputs `4i..4i+4` at bits `2i`.
 
 use super::PANEL;
-use super::buffer::Buffer;
+use super::buffer::{Arena, Buffer};
 use crate::quant::{f16_at, q6_at, scale_min};
 use crate::{DType, ThreadPool};
 
@@ -170,9 +170,9 @@ pub(super) struct QuantTiles {
 
 impl QuantTiles {
     /// A matrix of zero bytes.
-    pub(super) fn zeros(kind: Kind, rows: usize, cols: usize) -> Self {
+    pub(super) fn zeros(arena: Option<&Arena>, kind: Kind, rows: usize, cols: usize) -> Self {
         let geometry = Geometry::new(kind, cols);
-        let data = Buffer::new(rows.div_ceil(PANEL) * geometry.panel_bytes);
+        let data = Buffer::in_arena(arena, rows.div_ceil(PANEL) * geometry.panel_bytes);
         QuantTiles { geometry, rows, data }
     }
 
