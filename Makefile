@@ -4,7 +4,7 @@ CARGO ?= cargo
 HEADSTART = target/release/headstart
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full overload sim sim-sabotage verify fix bench chaos fuzz soak build setup setup-test
+.PHONY: help demo test test-full overload sim sim-sabotage verify fix bench chaos fuzz fuzz-guided soak build setup setup-test
 
 help: ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ chaos: build setup-test ## Kill, pause, drain and part the processes of a cluste
 
 fuzz: build ## Feed every parser that faces outside with RUNS=1000000 inputs that are almost right
 	@target/release/fuzz --runs $(RUNS) $(FUZZ)
+
+SECONDS_EACH ?= 60
+fuzz-guided: build setup-test ## Run libFuzzer on every such parser, guided by coverage: SECONDS_EACH=60 TARGET=gguf
+	@scripts/fuzz-guided $(SECONDS_EACH) $(TARGET)
 
 soak: build setup-test ## Steady load for MINUTES=3, with memory, slots and pages sampled and drawn
 	@target/release/soak --minutes $(MINUTES) --model "$$($(HEADSTART) models pull smollm2)" $(SOAK)

@@ -37,6 +37,10 @@ struct Options {
     /// Where inputs that fail are kept
     #[arg(long, default_value = "target/fuzz")]
     folder: PathBuf,
+    /// Writes each target's right inputs, words and bound here, for a coverage-guided fuzzer, and
+    /// feeds nothing
+    #[arg(long)]
+    corpus: Option<PathBuf>,
     /// Feeds one target in this process, from this input on, and notes each
     #[arg(long, hide = true)]
     inside: Option<u64>,
@@ -49,6 +53,15 @@ fn main() -> ExitCode {
     let options = Options::parse();
     if let Some(from) = options.inside {
         return inside(&options, from);
+    }
+    if let Some(corpus) = &options.corpus {
+        return match write_corpus(corpus, &options.target) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("fuzz: {}: {error}", corpus.display());
+                ExitCode::FAILURE
+            }
+        };
     }
     if let Err(error) = std::fs::create_dir_all(&options.folder) {
         eprintln!("fuzz: {}: {error}", options.folder.display());
@@ -63,6 +76,29 @@ fn main() -> ExitCode {
     let failed = results.iter().filter(|&&passed| !passed).count();
     println!("{} targets, {} inputs each, {failed} failed", results.len(), options.runs);
     if failed == 0 && !results.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Writes, for each target, a folder of inputs, `NAME.dict` (words as libFuzzer reads them) and
+/// `NAME.bytes` (the longest input).
+fn write_corpus(corpus: &Path, only: &str) -> std::io::Result<()> {
+    for target in ALL.iter().filter(|target| target.name.contains(only)) {
+        let folder = corpus.join(target.name);
+        std::fs::create_dir_all(&folder)?;
+        for (index, seed) in (target.seeds)().iter().enumerate() {
+            std::fs::write(folder.join(format!("seed-{index}")), seed)?;
+        }
+        let mut words = String::new();
+        for word in target.words {
+            let quoted: String = word.bytes().map(|byte| format!("\\x{byte:02x}")).collect();
+            words += &format!("\"{quoted}\"\n");
+        }
+        std::fs::write(corpus.join(format!("{}.dict", target.name)), words)?;
+        std::fs::write(
+            corpus.join(format!("{}.bytes", target.name)),
+            target.bytes_max.to_string(),
+        )?;
+    }
+    Ok(())
 }
 
 /// Runs a target in a process of its own. When that dies, the input it died of is found again.
