@@ -2,7 +2,7 @@
 //!
 //! With one row the memory decides. A core that walks through one panel after the other has one
 //! stream of requests open and waits at every page's first lines; with four panels side by side it
-//! reads a third faster, about as fast as plain loads do.
+//! reads a third faster.
 
 use super::activations::{Activations, HIGH_SHIFT, TILE};
 use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales};
