@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use headstart_cluster::NodeRecord;
+use headstart_cluster::{BaseRole, NodeRecord};
 use headstart_proto::{Error, ErrorCode};
 use headstart_text::Message;
 use tokio::sync::oneshot;
@@ -372,28 +372,65 @@ impl Sizes {
 fn rooms(snapshot: &Snapshot<'_>, in_flight_max: u32) -> HashMap<Pool, Room> {
     let router = Room { slots: in_flight_max, tokens: u64::MAX };
     let mut rooms = HashMap::from([(Pool::Router, router)]);
-    let mut tally = |nodes: &[Candidate<'_>], pools: &dyn Fn(&NodeRecord) -> Vec<Pool>| {
-        let live: Vec<_> = nodes.iter().filter(|node| !node.record.draining).collect();
-        for node in &live {
-            let alike = |other: &&&Candidate<'_>| other.record.model == node.record.model;
-            let well = live.iter().filter(alike).any(|other| other.suspected_for.is_none());
-            if well && node.suspected_for.is_some() {
-                continue;
-            }
-            // A node that does not tell what its KV cache holds bounds nothing.
-            let tokens = if node.record.kv_tokens == 0 { u64::MAX } else { node.record.kv_tokens };
-            for pool in pools(node.record) {
-                let room = rooms.entry(pool).or_insert(Room { slots: 0, tokens: 0 });
-                room.slots = room.slots.saturating_add(node.record.slots);
-                room.tokens = room.tokens.saturating_add(tokens);
-            }
+    let mut bases = HashMap::<&str, Roles>::new();
+    for record in serving(&snapshot.bases) {
+        bases.entry(&record.model).or_default().add(record);
+    }
+    rooms.extend(bases.into_iter().map(|(model, roles)| (Pool::Base(model.into()), roles.room())));
+    for record in serving(&snapshot.drafters) {
+        for pool in [Pool::Drafters, Pool::Drafter(record.model.as_str().into())] {
+            let room = rooms.entry(pool).or_insert(Room::EMPTY);
+            *room = room.and(Room::of(record));
         }
-    };
-    tally(&snapshot.bases, &|record| vec![Pool::Base(record.model.as_str().into())]);
-    tally(&snapshot.drafters, &|record| {
-        vec![Pool::Drafters, Pool::Drafter(record.model.as_str().into())]
-    });
+    }
     rooms
+}
+
+/// The nodes that count.
+fn serving<'a>(nodes: &[Candidate<'a>]) -> Vec<&'a NodeRecord> {
+    let live = || nodes.iter().filter(|node| !node.record.draining);
+    let is_well = |model: &str| {
+        live().any(|other| other.record.model == model && other.suspected_for.is_none())
+    };
+    let counts =
+        |node: &&Candidate<'_>| node.suspected_for.is_none() || !is_well(&node.record.model);
+    live().filter(counts).map(|node| node.record).collect()
+}
+
+/// What the bases of one model hold, by what they do of an answer.
+#[derive(Clone, Copy, Debug)]
+struct Roles {
+    unified: Room,
+    score: Room,
+    decode: Room,
+}
+
+impl Default for Roles {
+    fn default() -> Self {
+        Self { unified: Room::EMPTY, score: Room::EMPTY, decode: Room::EMPTY }
+    }
+}
+
+impl Roles {
+    fn add(&mut self, record: &NodeRecord) {
+        let room = match record.base_role {
+            BaseRole::Unified => &mut self.unified,
+            BaseRole::Score => &mut self.score,
+            BaseRole::Decode => &mut self.decode,
+        };
+        *room = room.and(Room::of(record));
+    }
+
+    /// What they hold together. An answer that one base reads and another one writes takes a place
+    /// on both; where one kind of them is missing and nobody else is there, the other one does it all.
+    fn room(self) -> Room {
+        let Self { unified, score, decode } = self;
+        let pairs = score.lesser(decode);
+        if unified.slots == 0 && pairs.slots == 0 {
+            return score.and(decode);
+        }
+        unified.and(pairs)
+    }
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Duration;
 
+use headstart_cluster::NodeRecord;
 use tokio::time::Instant;
 
 use super::Tenant;
@@ -73,6 +74,28 @@ pub(crate) struct Room {
     pub(crate) slots: u32,
     /// KV tokens of all answers together.
     pub(crate) tokens: u64,
+}
+
+impl Room {
+    /// None.
+    pub(crate) const EMPTY: Self = Self { slots: 0, tokens: 0 };
+
+    /// One node's. One that does not tell what its KV cache holds bounds no tokens.
+    pub(crate) fn of(record: &NodeRecord) -> Self {
+        let tokens = if record.kv_tokens == 0 { u64::MAX } else { record.kv_tokens };
+        Self { slots: record.slots, tokens }
+    }
+
+    /// Both together.
+    pub(crate) fn and(self, other: Self) -> Self {
+        let slots = self.slots.saturating_add(other.slots);
+        Self { slots, tokens: self.tokens.saturating_add(other.tokens) }
+    }
+
+    /// What fits into each of them.
+    pub(crate) fn lesser(self, other: Self) -> Self {
+        Self { slots: self.slots.min(other.slots), tokens: self.tokens.min(other.tokens) }
+    }
 }
 
 /// What a request takes of one pool. A claim on a pool that is not known is none.

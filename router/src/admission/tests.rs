@@ -55,6 +55,43 @@ fn room_is_what_live_nodes_have_together() {
     assert_eq!(rooms.len(), 7);
 }
 
+#[test]
+fn bases_with_roles_hold_as_many_answers_as_there_are_pairs() {
+    use headstart_cluster::BaseRole::{Decode, Score, Unified};
+    // Slots are 4 a node and KV tokens 1000, and 100 where a node is small.
+    let cases: [(&[(BaseRole, bool)], u32, u64); 9] = [
+        (&[(Unified, false), (Unified, false)], 8, 2000),
+        (&[(Score, false), (Decode, false)], 4, 1000),
+        (&[(Score, false), (Decode, false), (Decode, false)], 4, 1000),
+        (&[(Score, false), (Score, false), (Decode, true)], 4, 100),
+        (&[(Score, true), (Score, true), (Decode, false), (Decode, false)], 8, 200),
+        (&[(Unified, false), (Score, false), (Decode, false)], 8, 2000),
+        (&[(Unified, false), (Score, false), (Score, false)], 4, 1000),
+        (&[(Score, false), (Score, false)], 8, 2000),
+        (&[(Decode, false)], 4, 1000),
+    ];
+    for (nodes, slots, tokens) in cases {
+        let records: Vec<_> = (nodes.iter().zip(1..))
+            .map(|((role, small), id)| NodeRecord {
+                base_role: *role,
+                ..record(Tier::Base, &format!("b{id}"), "big", 4, if *small { 100 } else { 1000 })
+            })
+            .collect();
+        let bases = records.iter().map(|record| candidate(record, false)).collect();
+        let rooms = rooms(&Snapshot { bases, drafters: vec![] }, 99);
+        let room = rooms[&Pool::Base("big".into())];
+        assert_eq!((room.slots, room.tokens), (slots, tokens), "{nodes:?}");
+    }
+    // A base that is suspected makes no pair.
+    let score = NodeRecord { base_role: Score, ..record(Tier::Base, "b1", "big", 4, 1000) };
+    let decode = NodeRecord { base_role: Decode, ..record(Tier::Base, "b2", "big", 2, 1000) };
+    for (suspected, slots) in [(false, 2), (true, 4)] {
+        let bases = vec![candidate(&score, false), candidate(&decode, suspected)];
+        let rooms = rooms(&Snapshot { bases, drafters: vec![] }, 99);
+        assert_eq!(rooms[&Pool::Base("big".into())].slots, slots, "suspected: {suspected}");
+    }
+}
+
 /// An admission over one base and one drafter of two slots each.
 struct Fixture {
     admission: Arc<Admission>,
