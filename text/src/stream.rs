@@ -6,10 +6,11 @@
 //!    on that may still become one is held back ([`crate::added`]).
 //! 2. **Normalisation.** `▁` for spaces is character by character. Under NFC the text before a character
 //!    that begins a new normalisation segment (a starter that never combines with what precedes it) is
-//!    final; that character itself is not.
+//!    final; that character itself is not, unless it never combines with what follows it either.
 //! 3. **Pre-tokens** ([`Stream::pre_token`]). The known patterns look at most at the white-space run that
-//!    follows a pre-token and one character more (`'l` + `l`): with two characters after that run a
-//!    pre-token is final. One that is not final can only grow, as long as the text does not end in white
+//!    follows a pre-token and the character behind it: with that the pre-token is final. An apostrophe
+//!    may become a contraction of three characters (`'l` + `l`) and waits for one character more. A
+//!    pre-token that is not final can only grow, as long as the text does not end in white
 //!    space: every class of the patterns is a run that more of the same prolongs, and a contraction
 //!    (`'` → `'ll`) contains what it replaces. White space at the end is held back.
 //! 4. **Merging** within a pre-token that may grow ([`Stream::certain`]). Any contiguous part of the
@@ -188,8 +189,14 @@ impl Stream {
         }
         if self.encoder.pipeline.nfc {
             self.raw_tail.push_str(raw);
-            let last = self.raw_tail.char_indices().rev().find(|(_, c)| begins_segment(*c));
-            let keep = self.raw_tail.split_off(last.map_or(0, |(i, _)| i));
+            let ready = match self.raw_tail.chars().next_back() {
+                Some(last) if never_combines(last) => self.raw_tail.len(),
+                _ => {
+                    let last = self.raw_tail.char_indices().rev().find(|(_, c)| begins_segment(*c));
+                    last.map_or(0, |(i, _)| i)
+                }
+            };
+            let keep = self.raw_tail.split_off(ready);
             let ready = std::mem::replace(&mut self.raw_tail, keep);
             let ready = self.normalised(&ready)?;
             self.append(&ready);
@@ -272,7 +279,7 @@ impl Stream {
             match self.next_digit() {
                 Some(at) if at == self.scan => {
                     let digit = self.text[at..].chars().next().map_or(1, char::len_utf8);
-                    return (at + digit, self.may_change(at + digit, len));
+                    return (at + digit, false);
                 }
                 Some(at) => limit = at.min(len),
                 None => {}
@@ -289,7 +296,8 @@ impl Stream {
     }
 
     fn may_change(&self, end: usize, len: usize) -> bool {
-        self.text[end..len].trim_start().chars().nth(1).is_none()
+        let ahead = usize::from(self.text[self.scan..].starts_with('\''));
+        self.text[end..len].trim_start().chars().nth(ahead).is_none()
     }
 
     fn next_digit(&mut self) -> Option<usize> {
@@ -401,6 +409,13 @@ impl Stream {
 /// Whether NFC never joins this character to, or moves it before, what precedes it.
 fn begins_segment(c: char) -> bool {
     canonical_combining_class(c) == 0 && is_nfc_quick(std::iter::once(c)) == IsNormalized::Yes
+}
+
+/// Whether NFC leaves this character as it is, whatever stands around it. Of ASCII, letters and three
+/// signs are the first part of composed characters (`≮`, `≠`, `≯`); ideographs are of none.
+fn never_combines(c: char) -> bool {
+    let composes = c.is_ascii_alphabetic() || matches!(c, '<' | '=' | '>');
+    c.is_ascii() && !composes || matches!(c, '\u{4e00}'..='\u{9fff}')
 }
 
 impl Encoder {

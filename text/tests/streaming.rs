@@ -319,6 +319,33 @@ fn the_first_words_are_given_out_while_more_come() {
     }
 }
 
+/// With a pattern that cuts the text, a word is given out with the first character that ends it.
+#[test]
+fn a_word_waits_for_one_character_more() {
+    let prompt = "\n\n[User]\nHi\n\n[Assistant]\n";
+    // What is there, and the text whose tokens are certain then.
+    let cases = [
+        ("Sure,", "Sure"),
+        ("Sure 1", "Sure"),
+        ("I'", "I"),
+        ("I'l", "I"),
+        ("Go. On", "Go."),
+        ("Go.\n", "Go"),
+        ("你好，世", "你好"),
+    ];
+    let whole = ["stories260k", "gemma_like"];
+    let cut = |name: &str| !whole.contains(&name) && !name.starts_with("metaspace");
+    for (name, tokenizer) in common::all().iter().filter(|(name, _)| cut(name)) {
+        for (there, certain) in cases {
+            let ids = tokenizer.encode(prompt).unwrap();
+            let mut encoder = DraftEncoder::new(tokenizer, prompt, &ids).unwrap();
+            let out = encoder.push(there).unwrap();
+            let text = tokenizer.decode(&out);
+            assert!(text.starts_with(certain), "{name}: {there:?} gave out {text:?}");
+        }
+    }
+}
+
 #[test]
 fn ids_of_another_prompt_are_refused() {
     for (name, tokenizer) in common::all() {
