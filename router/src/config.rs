@@ -163,14 +163,8 @@ impl RouterConfig {
 
 /// Reads the file of API keys.
 fn read_keys(path: &Path) -> Result<Arc<ApiKeys>, ConfigError> {
-    let keys = match std::fs::read_to_string(path) {
-        Ok(text) => ApiKeys::parse(&text),
-        Err(error) => Err(error.to_string()),
-    };
-    keys.map(Arc::new).map_err(|message| ConfigError::Invalid {
-        field: "api-keys",
-        message: format!("{}: {message}", path.display()),
-    })
+    let keys = ApiKeys::read(path).map(Arc::new);
+    keys.map_err(|message| ConfigError::Invalid { field: "api-keys", message })
 }
 
 /// The flag that a message of [`RouterOptions::validate`] starts with.

@@ -2,13 +2,15 @@
 //! defaults.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
 use headstart_engine::EngineOptions;
 use headstart_engine::executor::device::DeviceChoice;
 use headstart_engine::model::WeightDtype;
-use headstart_router::{Encoding, OnDraftComplete, OnNoBase, OnNoDrafter, RouterOptions};
+use headstart_router::{ApiKeys, Encoding, OnDraftComplete, OnNoBase, OnNoDrafter, RouterOptions};
 use headstart_service::config::{self, CommonOptions, ConfigError};
 use headstart_service::options::BasePromptChoice;
 
@@ -148,10 +150,43 @@ pub struct UpOptions {
         help_heading = "Doors"
     )]
     pub grpc: SocketAddr,
-    /// Answers in flight at once; more are refused
+    /// HTTP connections open at once; more wait to be accepted
+    #[arg(long, value_name = "N", env = "HEADSTART_CONNECTIONS_MAX",
+        default_value_t = RouterOptions::default().connections_max, help_heading = "Doors")]
+    pub connections_max: u32,
+    /// Longest request body, in bytes
+    #[arg(long, value_name = "N", env = "HEADSTART_BODY_BYTES_MAX",
+        default_value_t = RouterOptions::default().body_bytes_max, help_heading = "Doors")]
+    pub body_bytes_max: usize,
+    /// How long a client may take no byte of what is there for it
+    #[arg(long, value_name = "DURATION", env = "HEADSTART_WRITE_TIMEOUT",
+        value_parser = config::duration, default_value = "1m", help_heading = "Doors")]
+    pub write_timeout: Duration,
+    /// Answers in flight at once, whatever the nodes could hold; more wait
     #[arg(long, value_name = "N", env = "HEADSTART_IN_FLIGHT_MAX",
-        default_value_t = RouterOptions::default().in_flight_max, help_heading = "Doors")]
+        default_value_t = RouterOptions::default().in_flight_max, help_heading = "Admission")]
     pub in_flight_max: u32,
+    /// Requests that wait for a place; more are refused with 429
+    #[arg(long, value_name = "N", env = "HEADSTART_QUEUE_REQUESTS_MAX",
+        default_value_t = RouterOptions::default().queue_requests_max, help_heading = "Admission")]
+    pub queue_requests_max: u32,
+    /// Tokens of the requests that wait for a place; more are refused with 429
+    #[arg(long, value_name = "N", env = "HEADSTART_QUEUE_TOKENS_MAX",
+        default_value_t = RouterOptions::default().queue_tokens_max, help_heading = "Admission")]
+    pub queue_tokens_max: u64,
+    /// How long a request waits for a place at most; then it is refused with 429
+    #[arg(long, value_name = "DURATION", env = "HEADSTART_QUEUE_TIMEOUT",
+        value_parser = config::duration, default_value = "10s", help_heading = "Admission")]
+    pub queue_timeout: Duration,
+    /// Bytes of an answer that may wait for a slow reader; then the reader is cut off
+    #[arg(long, value_name = "N", env = "HEADSTART_READER_BYTES_MAX",
+        default_value_t = RouterOptions::default().reader_bytes_max, help_heading = "Admission")]
+    pub reader_bytes_max: usize,
+    /// A file of name=key lines: only these API keys are served, and share fairly by their names
+    /// [default: everybody is served]
+    #[arg(long, value_name = "FILE", env = "HEADSTART_API_KEYS", help_heading = "Admission")]
+    pub api_keys: Option<PathBuf>,
+
     /// etcd endpoints; membership is kept in memory without them
     #[arg(
         long,
@@ -195,6 +230,14 @@ impl UpOptions {
             on_no_base: self.on_no_base,
             on_draft_complete: self.on_draft_complete,
             in_flight_max: self.in_flight_max,
+            queue_requests_max: self.queue_requests_max,
+            queue_tokens_max: self.queue_tokens_max,
+            queue_timeout: self.queue_timeout,
+            reader_bytes_max: self.reader_bytes_max,
+            write_timeout: self.write_timeout,
+            connections_max: self.connections_max,
+            body_bytes_max: self.body_bytes_max,
+            api_keys: self.api_keys.as_deref().map(ApiKeys::read).transpose()?.map(Arc::new),
             drain_timeout: self.drain_timeout,
             ..RouterOptions::default()
         };
@@ -274,6 +317,25 @@ mod tests {
         assert_eq!(router.encoding, Encoding::Text);
         assert_eq!(router.on_no_drafter, OnNoDrafter::BaseOnly);
         assert_eq!(router.drain_timeout, Duration::from_secs(120));
+        let keys = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&keys, "alice=a-long-and-secret-key\n").unwrap();
+        let keys = format!("--api-keys={}", keys.path().display());
+        let flags = [
+            "--queue-requests-max=7",
+            "--queue-tokens-max=9000",
+            "--queue-timeout=3s",
+            "--reader-bytes-max=8192",
+            "--write-timeout=5s",
+            "--connections-max=11",
+            "--body-bytes-max=2048",
+            &keys,
+        ];
+        let router = parsed(&flags).unwrap().router().unwrap();
+        assert_eq!((router.queue_requests_max, router.queue_tokens_max), (7, 9000));
+        assert_eq!(router.queue_timeout, Duration::from_secs(3));
+        assert_eq!(router.write_timeout, Duration::from_secs(5));
+        assert_eq!((router.reader_bytes_max, router.body_bytes_max), (8192, 2048));
+        assert!(router.connections_max == 11 && router.api_keys.is_some());
     }
 
     #[test]
@@ -302,6 +364,8 @@ mod tests {
         }
         let message = parsed(&["--threshold=1.5"]).unwrap().router().unwrap_err();
         assert!(message.contains("threshold") && message.contains("1.5"), "{message}");
+        let message = parsed(&["--api-keys=/nowhere/keys"]).unwrap().router().unwrap_err();
+        assert!(message.contains("/nowhere/keys"), "{message}");
         let message = parse(&["--drafter=smollm3".into()]).unwrap_err().to_string();
         assert!(message.contains("short name (smollm2, qwen2.5-coder)"), "{message}");
         let message = parse(&[]).unwrap_err().to_string();

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
+use std::path::Path;
 use std::sync::Arc;
 
 use headstart_proto::{Error, ErrorCode};
@@ -38,6 +39,16 @@ impl fmt::Debug for ApiKeys {
 }
 
 impl ApiKeys {
+    /// Reads a file that [`Self::parse`] understands.
+    ///
+    /// # Errors
+    /// The file's name and what is wrong with it; never a key.
+    pub fn read(path: &Path) -> Result<Self, String> {
+        let text = std::fs::read_to_string(path).map_err(|error| error.to_string());
+        let keys = text.and_then(|text| Self::parse(&text));
+        keys.map_err(|message| format!("{}: {message}", path.display()))
+    }
+
     /// Reads lines of `name=key`. Empty lines and those that start with `#` say nothing; a name may
     /// have several keys.
     ///
