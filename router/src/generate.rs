@@ -2,11 +2,14 @@
 //! one task that owns everything until the last token. Dropping the [`Generation`] ends the task,
 //! and with it both nodes' streams, the places on them and the place in the router.
 
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures::StreamExt;
-use futures::future::join_all;
+use futures::future::{BoxFuture, join_all};
 use futures::stream::FuturesUnordered;
 use headstart_cluster::{NodeRecord, View};
 use headstart_proto::{Error, ErrorCode, RequestId, v1};
@@ -96,9 +99,53 @@ impl Head {
 pub(crate) struct Generation {
     /// What is known of it.
     pub(crate) head: Head,
-    /// What happens in it.
-    pub(crate) inbox: Inbox,
-    _task: AbortOnDropHandle<()>,
+    inbox: Inbox,
+    work: Work,
+}
+
+/// Who runs a request.
+enum Work {
+    /// A task of its own: what its client does not read yet gathers meanwhile.
+    Task {
+        _task: AbortOnDropHandle<()>,
+    },
+    /// Whoever waits for its events, so that nobody has to be woken.
+    Here(BoxFuture<'static, ()>),
+    Over,
+}
+
+impl fmt::Debug for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Task { .. } => "Task",
+            Self::Here(_) => "Here",
+            Self::Over => "Over",
+        })
+    }
+}
+
+impl Generation {
+    /// A request that runs by itself.
+    pub(crate) fn spawned(self) -> Self {
+        let work = match self.work {
+            Work::Here(run) => Work::Task { _task: AbortOnDropHandle::new(tokio::spawn(run)) },
+            work => work,
+        };
+        Self { work, ..self }
+    }
+
+    /// What has happened in it, at least one event; `None` after the last one.
+    pub(crate) async fn recv(&mut self) -> Option<VecDeque<Event>> {
+        poll_fn(|cx| {
+            if let Work::Here(run) = &mut self.work
+                && run.as_mut().poll(cx).is_ready()
+            {
+                self.work = Work::Over;
+            }
+            self.inbox.poll_recv(cx)
+        })
+        .await
+    }
 }
 
 /// Counts a request's outcome once, whatever way it ends.
@@ -239,7 +286,8 @@ impl Core {
         join_all(fetches).await.into_iter().all(|fetched| fetched)
     }
 
-    /// Starts a request.
+    /// Starts a request. It goes on whenever its events are waited for, and by itself once it is
+    /// [`Generation::spawned`].
     ///
     /// # Errors
     /// Everything that can be told before a node is asked for an answer.
@@ -254,8 +302,8 @@ impl Core {
             Ok((head, plan, permit)) => {
                 let (outbox, inbox) = outbox(self.options.reader_bytes_max);
                 let run = plan.run(permit, outcome, outbox);
-                let task = AbortOnDropHandle::new(self.tasks.spawn(run));
-                Ok(Generation { head, inbox, _task: task })
+                let work = Work::Here(Box::pin(self.tasks.track_future(run)));
+                Ok(Generation { head, inbox, work })
             }
             Err(error) => {
                 outcome.error = Some(error.code);

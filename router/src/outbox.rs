@@ -3,6 +3,7 @@
 //! bytes: when more would wait, the answer is over and everything that waits is dropped.
 
 use std::collections::VecDeque;
+#[cfg(test)]
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -147,12 +148,13 @@ impl Drop for Outbox {
 }
 
 impl Inbox {
-    /// Everything that waits, at least one event; `None` after the last one.
+    /// [`Self::poll_recv`], awaited.
+    #[cfg(test)]
     pub(crate) async fn recv(&mut self) -> Option<VecDeque<Event>> {
         poll_fn(|cx| self.poll_recv(cx)).await
     }
 
-    /// [`Self::recv`], polled.
+    /// Everything that waits, at least one event; ready with `None` after the last one.
     pub(crate) fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Option<VecDeque<Event>>> {
         self.0.waker.register(cx.waker());
         let mut state = self.0.lock();

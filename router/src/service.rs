@@ -45,7 +45,7 @@ impl Live {
             return None;
         }
         if self.waiting.is_empty() {
-            self.waiting = self.generation.inbox.recv().await?;
+            self.waiting = self.generation.recv().await?;
         }
         let frame = self.writer.write(self.waiting.pop_front()?);
         self.failed = frame.is_err();
@@ -66,7 +66,7 @@ impl Router for RouterService {
         let (ask, caller) = parsed.inspect_err(|error: &Error| {
             self.core.metrics.ended(Some(error.code));
         })?;
-        let generation = self.core.generate(ask, caller).await?;
+        let generation = self.core.generate(ask, caller).await?.spawned();
         let (writer, first) = FrameWriter::new(&generation.head);
         let live = Live { generation, writer, waiting: VecDeque::new(), failed: false };
         let rest = stream::unfold(live, Live::next);

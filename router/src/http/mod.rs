@@ -91,7 +91,7 @@ async fn generate(core: Arc<Core>, format: Format, request: Request) -> Result<R
     let logprobs = ask.top_logprobs.is_some();
     let generation = core.generate(ask, caller).await?;
     match delivery.stream {
-        true => streamed(generation, delivery, logprobs).await,
+        true => streamed(generation.spawned(), delivery, logprobs).await,
         false => whole(generation, delivery, logprobs).await,
     }
 }
@@ -152,7 +152,7 @@ async fn whole(
     logprobs: bool,
 ) -> Result<Response, Refusal> {
     let mut collector = Collector::new(generation.head.choices);
-    while let Some(events) = generation.inbox.recv().await {
+    while let Some(events) = generation.recv().await {
         for event in events {
             collector.push(event)?;
         }
@@ -168,7 +168,6 @@ async fn streamed(
     logprobs: bool,
 ) -> Result<Response, Refusal> {
     let mut first = generation
-        .inbox
         .recv()
         .await
         .ok_or_else(|| Error::internal("a request ended without its last event"))?;
@@ -203,7 +202,7 @@ impl Live {
         loop {
             let events = match self.waiting.take() {
                 Some(events) => Some(events),
-                None => self.generation.inbox.recv().await,
+                None => self.generation.recv().await,
             };
             let Some(events) = events else {
                 self.writer.end(&mut out);
