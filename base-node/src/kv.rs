@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use headstart_cluster::BaseRole;
 use headstart_engine::{EngineHandle, Generation, Import, KvFormat};
@@ -11,12 +11,12 @@ use headstart_handoff::rates::{Rates, patience};
 use headstart_handoff::{KvTransport, Leases, Offer, Progress, Source, Tcp, Times, pull, serve};
 use headstart_proto::{Epoch, Error, RequestId, v1};
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::metrics;
+use crate::metrics::{self, Held, KV_LEASES, KV_PULLS};
 
 /// Connections to the KV service at once.
 const CONNECTIONS_MAX: usize = 256;
@@ -85,6 +85,40 @@ struct Pull {
     /// Tells this pull from one that took its place.
     number: u64,
     task: AbortOnDropHandle<()>,
+    /// Dropped with the pull: tells who asked for it that it is taken or given up.
+    _wanted: oneshot::Sender<()>,
+    _held: Held,
+}
+
+/// A pull that was asked for ahead. Dropping it gives up what no request has taken by then.
+#[derive(Debug)]
+pub struct Prefetch {
+    kv: Weak<Kv>,
+    id: RequestId,
+    number: u64,
+    over: oneshot::Receiver<()>,
+}
+
+impl Prefetch {
+    /// Waits until a request has taken what was pulled, or its time is over.
+    pub async fn over(mut self) {
+        let _ = (&mut self.over).await;
+    }
+}
+
+impl Drop for Prefetch {
+    fn drop(&mut self) {
+        if let Some(kv) = self.kv.upgrade() {
+            kv.forget(&self.id, self.number);
+        }
+    }
+}
+
+/// Pages on offer to another base. Dropping it ends the lease.
+#[derive(Debug)]
+pub struct Lease {
+    offer: Offer,
+    _held: Held,
 }
 
 /// Pages that wait in the cache for their request.
@@ -127,12 +161,13 @@ impl Kv {
         id: &RequestId,
         epoch: Epoch,
         generation: &Generation,
-    ) -> Option<Offer> {
+    ) -> Option<Lease> {
         if self.address.is_empty() {
             return None;
         }
         let export = generation.export().await.ok()?;
-        self.leases.offer(id, epoch, export)
+        let offer = self.leases.offer(id, epoch, export)?;
+        Some(Lease { offer, _held: Held::new(KV_LEASES) })
     }
 
     /// Where the pages of an attempt are to be had.
@@ -142,21 +177,31 @@ impl Kv {
         v1::KvSource { address: self.address.clone(), request_id, epoch }
     }
 
-    /// Keeps a lease for a reader, once its session is over.
-    pub async fn keep(&self, offer: Offer) {
-        metrics::kv_lease_ended(offer.until_pulled(self.times.lease).await);
+    /// Keeps a lease for a reader, once its session is over, and until `gone`: then nobody goes on
+    /// with the request.
+    pub async fn keep(&self, lease: Lease, gone: impl Future<Output = ()>) {
+        let end = tokio::select! {
+            biased;
+            pulled = lease.offer.until_pulled(self.times.lease) => {
+                if pulled { "pulled" } else { "expired" }
+            }
+            () = gone => "cancelled",
+        };
+        metrics::kv_lease_ended(end);
     }
 
-    /// Starts to pull what `id` will go on from. One pull a request; a table that is full of them,
-    /// or a source that makes no sense, is no error: this is only a hint.
-    pub fn prefetch(self: &Arc<Self>, id: &RequestId, source: &v1::KvSource) {
-        let (Some(format), Ok(source)) = (self.format, wanted(source)) else { return };
+    /// Starts to pull what `id` will go on from, for as long as the [`Prefetch`] lives. One pull a
+    /// request; a table that is full of them, or a source that makes no sense, is no error: this is
+    /// only a hint.
+    #[must_use]
+    pub fn prefetch(self: &Arc<Self>, id: &RequestId, source: &v1::KvSource) -> Option<Prefetch> {
+        let (Some(format), Ok(source)) = (self.format, wanted(source)) else { return None };
         let mut pulls = self.lock();
         if pulls.get(id).is_some_and(|pull| pull.source == source) {
-            return;
+            return None;
         }
         if pulls.len() >= self.pulls_max && !pulls.contains_key(id) {
-            return;
+            return None;
         }
         let import = Arc::new(self.engine.import());
         let number = PULLS.fetch_add(1, Ordering::Relaxed);
@@ -181,7 +226,13 @@ impl Kv {
             }
         };
         let task = AbortOnDropHandle::new(tokio::spawn(run));
-        pulls.insert(id.clone(), Pull { source, import, progress, number, task });
+        let (wanted, over) = oneshot::channel();
+        let _held = Held::new(KV_PULLS);
+        let pull = Pull { source, import, progress, number, task, _wanted: wanted, _held };
+        let earlier = pulls.insert(id.clone(), pull);
+        drop(pulls);
+        drop(earlier);
+        Some(Prefetch { kv: Arc::downgrade(self), id: id.clone(), number, over })
     }
 
     /// Waits for the KV of a request's first `tokens`, as long as that is faster than to compute
@@ -193,8 +244,9 @@ impl Kv {
         tokens: usize,
     ) -> Option<Hold> {
         let layout = self.format?.layout;
-        self.prefetch(id, source);
-        let Pull { import, mut progress, task, .. } = self.lock().remove(id)?;
+        let started = self.prefetch(id, source);
+        let Pull { import, mut progress, task, _held, .. } = self.lock().remove(id)?;
+        drop(started);
         // The last token is extended again, for its result.
         let wanted = tokens.saturating_sub(1) / layout.page_size * layout.page_size;
         let mut deadline: Option<Instant> = None;
@@ -226,6 +278,12 @@ impl Kv {
         Some(Hold { _import: import })
     }
 
+    /// Pulls that run or whose request has not come yet.
+    #[must_use]
+    pub fn pulls_held(&self) -> usize {
+        self.lock().len()
+    }
+
     fn rates(&self) -> Rates {
         Rates {
             link_bytes_per_second: self.link.load(Ordering::Relaxed),
@@ -242,9 +300,13 @@ impl Kv {
 
     fn forget(&self, id: &RequestId, number: u64) {
         let mut pulls = self.lock();
-        if pulls.get(id).is_some_and(|pull| pull.number == number) {
-            pulls.remove(id);
-        }
+        let forgotten = match pulls.get(id) {
+            Some(pull) if pull.number == number => pulls.remove(id),
+            _ => None,
+        };
+        drop(pulls);
+        // Its pages are given back outside the lock.
+        drop(forgotten);
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<RequestId, Pull>> {

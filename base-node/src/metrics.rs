@@ -5,6 +5,34 @@ use std::time::Duration;
 use headstart_engine::{Decision, EngineStats};
 use metrics::{counter, gauge, histogram};
 
+/// Requests that wait for a draft or may still be sent one.
+pub const OPEN_REQUESTS: &str = "headstart_base_open_requests";
+/// Handoffs under way.
+pub const HANDOFFS: &str = "headstart_base_handoffs";
+/// Pulls of KV that are under way, or whose request has not come yet.
+pub const KV_PULLS: &str = "headstart_base_kv_pulls_held";
+/// Leases of KV that run.
+pub const KV_LEASES: &str = "headstart_base_kv_leases_held";
+
+/// One of what a gauge counts, for as long as it lives.
+#[derive(Debug)]
+pub struct Held(&'static str);
+
+impl Held {
+    /// One more.
+    #[must_use]
+    pub fn new(gauge: &'static str) -> Self {
+        gauge!(gauge).increment(1.0);
+        Self(gauge)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        gauge!(self.0).decrement(1.0);
+    }
+}
+
 /// Registers every metric's description.
 pub fn describe() {
     use metrics::{describe_counter, describe_gauge, describe_histogram};
@@ -46,8 +74,15 @@ pub fn describe() {
     );
     describe_counter!(
         "headstart_base_kv_leases_total",
-        "Leases of requests that moved away, by end: pulled or expired."
+        "Leases of requests that moved away, by end: pulled, expired, or cancelled."
     );
+    describe_gauge!(OPEN_REQUESTS, "Requests that drafters may come for.");
+    describe_gauge!(HANDOFFS, "Drafts that are coming in.");
+    describe_gauge!(
+        KV_PULLS,
+        "Pulls of KV from other bases that run or whose request has not come yet."
+    );
+    describe_gauge!(KV_LEASES, "Leases of KV for other bases that run.");
     describe_gauge!("headstart_base_slots", "Requests the engine runs at once.");
     describe_gauge!("headstart_base_slots_used", "Requests the engine is running.");
     describe_gauge!("headstart_base_kv_tokens", "Tokens the KV pages hold.");
@@ -66,14 +101,45 @@ pub fn describe() {
     );
 }
 
-/// A request came in.
-pub fn request_started() {
-    counter!("headstart_base_requests_started_total").increment(1);
-}
-
 /// A request ended.
 pub fn request_ended(outcome: &'static str) {
     counter!("headstart_base_requests_total", "outcome" => outcome).increment(1);
+}
+
+/// A request that no session owns yet. Dropped before one does, it was cancelled.
+#[derive(Debug)]
+pub struct Arriving(());
+
+impl Arriving {
+    /// A request came in.
+    #[must_use]
+    pub fn new() -> Self {
+        counter!("headstart_base_requests_started_total").increment(1);
+        Self(())
+    }
+
+    /// A session owns it from here.
+    pub fn taken(self) {
+        std::mem::forget(self);
+    }
+
+    /// It was refused.
+    pub fn refused(self, code: &'static str) {
+        self.taken();
+        request_ended(code);
+    }
+}
+
+impl Default for Arriving {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        request_ended("cancelled");
+    }
 }
 
 /// Draft tokens came in.
@@ -126,8 +192,7 @@ pub fn kv_resumed(moved_tokens: usize, recomputed_tokens: usize) {
     counter!("headstart_base_kv_recomputed_total").increment(recomputed_tokens as u64);
 }
 
-/// A request that moved away left its KV to a reader, or to nobody.
-pub fn kv_lease_ended(pulled: bool) {
-    let end = if pulled { "pulled" } else { "expired" };
+/// The lease of a request that moved away ended: `pulled`, `expired` or `cancelled`.
+pub fn kv_lease_ended(end: &'static str) {
     counter!("headstart_base_kv_leases_total", "end" => end).increment(1);
 }

@@ -14,6 +14,8 @@ use headstart_proto::v1::{DraftEncoding, DraftEnd};
 use headstart_proto::{Epoch, Error, ErrorCode, RequestId};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 
+use crate::metrics::{Held, OPEN_REQUESTS};
+
 /// Pieces of a draft that wait for their session at most.
 const DRAFT_QUEUE: usize = 64;
 
@@ -97,6 +99,7 @@ struct Entry {
     arrived: Arc<Notify>,
     /// Set once no draft is wanted any more: what drafters are told.
     decided: Option<DraftEnd>,
+    _held: Held,
 }
 
 /// See the [module](self).
@@ -129,8 +132,9 @@ impl Rendezvous {
         decided: Option<DraftEnd>,
     ) -> Result<Seat, Error> {
         let arrived = Arc::new(Notify::new());
+        let (handoff, waiting, _held) = (None, None, Held::new(OPEN_REQUESTS));
         let entry =
-            Entry { epoch, handoff: None, waiting: None, arrived: Arc::clone(&arrived), decided };
+            Entry { epoch, handoff, waiting, arrived: Arc::clone(&arrived), decided, _held };
         let mut entries = self.lock();
         if let Some(entry) = entries.get(id)
             && entry.epoch >= epoch

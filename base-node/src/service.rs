@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::convert::{self, Job};
 use crate::gate::DraftGate;
 use crate::kv::{Kv, KvOptions};
-use crate::metrics;
+use crate::metrics::{self, HANDOFFS, Held};
 use crate::rendezvous::{self, DraftInput, Link, Rendezvous};
 use crate::session::{Session, Shared};
 
@@ -103,11 +103,17 @@ impl Base for BaseService {
         &self,
         request: Request<v1::ServeRequest>,
     ) -> Result<Response<Self::ServeStream>, Status> {
-        metrics::request_started();
-        let frames = self.open(request.into_inner()).await.inspect_err(|error| {
-            metrics::request_ended(error.code.code());
-        })?;
-        Ok(Response::new(ReceiverStream::new(frames)))
+        let arriving = metrics::Arriving::new();
+        match self.open(request.into_inner()).await {
+            Ok(frames) => {
+                arriving.taken();
+                Ok(Response::new(ReceiverStream::new(frames)))
+            }
+            Err(error) => {
+                arriving.refused(error.code.code());
+                Err(error.into())
+            }
+        }
     }
 
     async fn handoff(
@@ -138,7 +144,7 @@ impl Base for BaseService {
         };
         let (replies, receiver) = mpsc::channel(REPLY_QUEUE);
         let gate = DraftGate::new(id, epoch, position.unwrap_or(0));
-        let handoff = Handoff { gate, frames, replies };
+        let handoff = Handoff { gate, frames, replies, _held: Held::new(HANDOFFS) };
         if position.is_some() {
             tokio::spawn(handoff.run(link));
         } else {
@@ -153,8 +159,14 @@ impl Base for BaseService {
     ) -> Result<Response<v1::PrefetchReply>, Status> {
         let v1::PrefetchRequest { request_id, kv, .. } = request.into_inner();
         let id = RequestId::new(&request_id).map_err(Error::from)?;
-        if let Some(source) = kv.filter(|_| !self.shared.draining.is_cancelled()) {
-            self.shared.kv.prefetch(&id, &source);
+        if let Some(source) = kv.filter(|_| !self.shared.draining.is_cancelled())
+            && let Some(prefetch) = self.shared.kv.prefetch(&id, &source)
+        {
+            // A caller that hangs up before the request has come gives it up.
+            tokio::select! {
+                () = prefetch.over() => {}
+                () = self.shared.draining.cancelled() => {}
+            }
         }
         Ok(Response::new(v1::PrefetchReply {}))
     }
@@ -165,6 +177,7 @@ struct Handoff {
     gate: DraftGate,
     frames: Streaming<v1::HandoffFrame>,
     replies: mpsc::Sender<Result<v1::HandoffReply, Status>>,
+    _held: Held,
 }
 
 impl Handoff {

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use headstart_engine::{Decision, Event, Finish, Generation, SubmitError};
-use headstart_handoff::Offer;
 use headstart_proto::v1::{self, DraftEnd};
 use headstart_proto::{Error, ErrorCode};
 use headstart_text::Tokenizer;
@@ -19,7 +18,7 @@ use tonic::Status;
 
 use crate::answer::{Answer, Body};
 use crate::convert::{self, Job};
-use crate::kv::{Hold, Kv};
+use crate::kv::{Hold, Kv, Lease};
 use crate::metrics;
 use crate::reading::Reading;
 use crate::rendezvous::{DraftInput, Line, Seat, Visitor};
@@ -58,7 +57,7 @@ pub struct Session {
     /// KV from another base, until the engine has begun.
     hold: Option<Hold>,
     /// The answer's KV, for the base that goes on.
-    offer: Option<Offer>,
+    offer: Option<Lease>,
 }
 
 impl Session {
@@ -110,9 +109,10 @@ impl Session {
         metrics::request_ended(outcome);
         let Self { generation, seat, frames, shared, offer, .. } = self;
         // The slot is free, and what is computed no longer changes.
-        drop((generation, seat, frames));
+        drop((generation, seat));
         if let Some(offer) = offer.filter(|_| outcome == MOVED) {
-            shared.kv.keep(offer).await;
+            // The router holds the stream until the answer goes on elsewhere.
+            shared.kv.keep(offer, frames.closed()).await;
         }
     }
 

@@ -2,6 +2,7 @@
 //! executor, which refuses KV that is not that of its tokens.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use headstart_base_node::KvOptions;
@@ -39,6 +40,7 @@ struct Node {
     engine: EngineHandle,
     text: ModelText,
     kv_address: String,
+    kv: Arc<Kv>,
     draining: CancellationToken,
     sessions: TaskTracker,
 }
@@ -67,14 +69,15 @@ async fn start(options: FakeOptions) -> Node {
         times,
         ..KvOptions::default()
     };
-    let service = BaseService::with_kv(&host, Kv::new(&engine, kv));
+    let kv = Kv::new(&engine, kv);
+    let service = BaseService::with_kv(&host, Arc::clone(&kv));
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("bound");
     let server = Server::builder().add_service(BaseServer::new(service));
     tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
     let client = BaseClient::connect(format!("http://{address}")).await.expect("connects");
     let Host { draining, sessions, .. } = host;
-    Node { client, engine, text, kv_address, draining, sessions }
+    Node { client, engine, text, kv_address, kv, draining, sessions }
 }
 
 fn request(epoch: u64) -> v1::ServeRequest {
@@ -212,8 +215,8 @@ async fn nothing_is_held(nodes: &[&Node]) {
     }
 }
 
-/// Reads on `score`, and says what it moved with.
-async fn score(score: &mut Node) -> Heard {
+/// Reads on `score`, and says what it moved with; the KV is leased while the stream lives.
+async fn score(score: &mut Node) -> (Heard, Streaming<v1::ServeFrame>) {
     let serve = v1::ServeRequest { move_when_decided: true, ..request(1) };
     let mut answer = score.client.serve(serve).await.expect("taken").into_inner();
     let all = draft().len();
@@ -221,7 +224,7 @@ async fn score(score: &mut Node) -> Heard {
     let heard = hear(&mut answer, Heard::default(), usize::MAX).await;
     assert_eq!(heard.decision.map(|decision| decision.kept_tokens), Some(46));
     assert_eq!(heard.ids, expected()[..46]);
-    heard
+    (heard, answer)
 }
 
 #[tokio::test]
@@ -234,14 +237,17 @@ async fn a_reader_hands_its_answer_to_a_writer_that_followed() {
         let kv =
             v1::KvSource { address: reader.kv_address.clone(), request_id: "r".into(), epoch: 1 };
         let prefetch = v1::PrefetchRequest { request_id: "r".into(), epoch: 2, kv: Some(kv) };
-        writer.client.prefetch(prefetch).await.expect("a hint");
-        let heard = score(&mut reader).await;
+        let mut following = writer.client.clone();
+        let following = tokio::spawn(async move { following.prefetch(prefetch).await });
+        until("it follows", || writer.kv.pulls_held() == 1).await;
+        let (heard, _leased) = score(&mut reader).await;
         let moved = heard.moved.as_ref().expect("moved");
         assert_eq!(moved.kv.as_ref().map(|kv| &kv.address), Some(&reader.kv_address));
         let known = 100 + heard.ids.len();
         let mut answer = writer.client.serve(resumed(2, &heard)).await.expect("taken").into_inner();
         let heard = hear(&mut answer, heard, usize::MAX).await;
         assert_eq!(heard.ids, expected());
+        following.await.expect("no panic").expect("it has the request");
         nothing_is_held(&[&reader, &writer]).await;
         // Whole pages moved, the rest was computed.
         let page = writer.engine.limits().page_size;
@@ -256,7 +262,7 @@ async fn a_reader_hands_its_answer_to_a_writer_that_followed() {
 async fn a_writer_that_comes_late_pulls_what_the_lease_has_kept() {
     let mut reader = start(FakeOptions::default()).await;
     let mut writer = start(FakeOptions::default()).await;
-    let heard = score(&mut reader).await;
+    let (heard, _leased) = score(&mut reader).await;
     let mut answer = writer.client.serve(resumed(2, &heard)).await.expect("taken").into_inner();
     let heard = hear(&mut answer, heard, usize::MAX).await;
     assert_eq!(heard.ids, expected());
@@ -268,7 +274,7 @@ async fn a_writer_that_comes_late_pulls_what_the_lease_has_kept() {
 async fn without_the_reader_the_writer_computes_what_is_missing() {
     let mut reader = start(FakeOptions::default()).await;
     let mut writer = start(FakeOptions::default()).await;
-    let mut heard = score(&mut reader).await;
+    let (mut heard, _leased) = score(&mut reader).await;
     // Nobody listens there any more.
     let gone = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = gone.local_addr().expect("bound").to_string();
@@ -298,6 +304,7 @@ async fn a_base_that_drains_moves_its_answers_before_and_after_the_decision() {
         let moved = heard.moved.clone().expect("moved");
         assert!(moved.kv.is_some(), "it has KV to give");
         drop(drafter);
+        let leased = answer;
         let mut answer = second.client.serve(resumed(2, &heard)).await.expect("taken").into_inner();
         let _drafter = match heard.decision {
             Some(_) => None,
@@ -306,6 +313,7 @@ async fn a_base_that_drains_moves_its_answers_before_and_after_the_decision() {
         let heard = hear(&mut answer, heard, usize::MAX).await;
         assert_eq!(heard.ids, expected());
         assert!(second.engine.stats().counters.tokens_reused >= 96, "the prompt, at least");
+        drop(leased);
         // The drain ends with its last lease, long before that would expire.
         tokio::time::timeout(Duration::from_secs(15), first.sessions.wait()).await.expect("ends");
         nothing_is_held(&[&first, &second]).await;
@@ -319,10 +327,21 @@ async fn a_prefetch_that_nobody_uses_is_given_up() {
     for (address, request_id) in
         [("nonsense", "r"), (&*reader.kv_address, ""), (&*reader.kv_address, "x")]
     {
-        let (address, request_id) = (address.to_owned(), request_id.to_owned());
-        let kv = Some(v1::KvSource { address, request_id, epoch: 1 });
+        let (address, id) = (address.to_owned(), request_id.to_owned());
+        let kv = Some(v1::KvSource { address, request_id: id, epoch: 1 });
         let prefetch = v1::PrefetchRequest { request_id: "r".into(), epoch: 2, kv };
-        writer.client.prefetch(prefetch).await.expect("only a hint");
+        // A source that makes no sense is forgotten at once, one that has nothing in its time.
+        let mut client = writer.client.clone();
+        let call = tokio::spawn(async move { client.prefetch(prefetch).await });
+        match request_id {
+            "" => drop(call.await.expect("no panic").expect("only a hint")),
+            _ => {
+                until("it is tried", || writer.kv.pulls_held() == 1).await;
+                // Who hangs up gives it up.
+                call.abort();
+                until("it is given up", || writer.kv.pulls_held() == 0).await;
+            }
+        }
     }
     let mut answer = writer
         .client

@@ -82,7 +82,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         compatible(&format.layout, &hello.format.layout)
             .map_err(|error| Refusal::new(RefusalCode::Mismatch, error.to_string()))?;
         let patience = self.times.handshake;
-        let reader = leases.open(&hello.request_id, hello.epoch, patience).await?;
+        let opening = leases.open(&hello.request_id, hello.epoch, patience);
+        let reader = tokio::select! {
+            biased;
+            reader = opening => reader?,
+            // A receiver that leaves while it waits; it says nothing before it is answered.
+            frame = wire::read_receiver(&mut self.read) => {
+                frame?;
+                return Err(WireError::Malformed("a frame before the answer").into());
+            }
+        };
         self.control(SenderFrame::Accept(format)).await?;
         let fence = reader.fence.clone();
         let page_size = format.layout.page_size;

@@ -20,6 +20,7 @@ use tonic::{Response, Status, Streaming};
 use crate::frames::{FrameGate, ServeEvent};
 use crate::nodes::Place;
 use crate::progress::Progress;
+use crate::retry::Blame;
 
 /// After a drafter lost the base, the base's own stream has so long to break.
 const BASE_LOST_GRACE: Duration = Duration::from_millis(250);
@@ -70,8 +71,8 @@ pub(crate) struct Lost {
     pub(crate) node_id: NodeId,
     /// Why.
     pub(crate) error: Error,
-    /// The node had taken the request, and was lost or broke down over it.
-    pub(crate) struck: bool,
+    /// What that says about the node.
+    pub(crate) blame: Blame,
 }
 
 /// A node's stream.
@@ -146,6 +147,11 @@ impl Attempt {
         }
     }
 
+    /// The base's stream alone.
+    pub(crate) fn without_draft(self) -> Self {
+        Self { draft: None, ..self }
+    }
+
     /// Puts another draft in the place of one that failed.
     pub(crate) fn replace_draft(&mut self, plan: DraftPlan) {
         self.draft = Some(Draft::open(plan));
@@ -166,7 +172,8 @@ impl Attempt {
                 frame = self.serve.message() => {
                     let frame = self.received(frame)?;
                     let admitted = self.gate.admit(frame);
-                    if let Some(event) = admitted.map_err(|error| self.lost_base(error, true))? {
+                    let admitted = admitted.map_err(|error| self.lost_base(error, Blame::Struck));
+                    if let Some(event) = admitted? {
                         self.heard(&event);
                         return Ok(event);
                     }
@@ -209,9 +216,9 @@ impl Attempt {
             Ok(None) => None,
             Err(status) => Some(status),
         };
-        let (error, struck) = failure(status.as_ref(), self.serve.is_open());
+        let (error, blame) = failure(status.as_ref(), self.serve.is_open());
         self.base.told(Some(error.code));
-        Err(self.lost_base(error, struck))
+        Err(self.lost_base(error, blame))
     }
 
     /// The draft's stream is over.
@@ -242,10 +249,10 @@ impl Attempt {
         }
     }
 
-    fn lost_base(&self, error: Error, struck: bool) -> Lost {
+    fn lost_base(&self, error: Error, blame: Blame) -> Lost {
         let node_id = self.base_id.clone();
         let error = node_error(Tier::Base, &node_id, error);
-        Lost { tier: Tier::Base, node_id, error, struck }
+        Lost { tier: Tier::Base, node_id, error, blame }
     }
 
     fn too_late(&mut self) -> Lost {
@@ -254,7 +261,8 @@ impl Attempt {
         }
         let error = Error::new(ErrorCode::DeadlineExceeded, "it sent nothing for too long");
         self.base.told(Some(error.code));
-        self.lost_base(error, self.serve.is_open())
+        let blame = if self.serve.is_open() { Blame::Struck } else { Blame::Failed };
+        self.lost_base(error, blame)
     }
 }
 
@@ -279,7 +287,7 @@ impl Draft {
             };
             if frame.request_id != self.request_id || frame.epoch > self.epoch {
                 let error = Error::new(ErrorCode::Protocol, "a frame of another draft");
-                return Err(self.lost(error, true));
+                return Err(self.lost(error, Blame::Struck));
             }
             match frame.event {
                 _ if frame.epoch < self.epoch => {}
@@ -293,14 +301,14 @@ impl Draft {
     }
 
     fn broken(&self, status: Option<&Status>) -> Lost {
-        let (error, struck) = failure(status, self.frames.is_open());
-        self.lost(error, struck)
+        let (error, blame) = failure(status, self.frames.is_open());
+        self.lost(error, blame)
     }
 
-    fn lost(&self, error: Error, struck: bool) -> Lost {
+    fn lost(&self, error: Error, blame: Blame) -> Lost {
         let node_id = self.node_id.clone();
         let error = node_error(Tier::Drafter, &node_id, error);
-        Lost { tier: Tier::Drafter, node_id, error, struck }
+        Lost { tier: Tier::Drafter, node_id, error, blame }
     }
 }
 
@@ -312,17 +320,23 @@ async fn news(draft: &mut Option<Draft>, progress: &mut Progress) -> Result<(), 
     }
 }
 
-/// Why a stream ended that was to go on, and whether the node was lost over it: it had taken the
-/// request, and then the connection broke or the node broke down. What a node says by itself (it is
-/// full, it drains) is no loss.
-fn failure(status: Option<&Status>, open: bool) -> (Error, bool) {
+/// Why a stream ended that was to go on, and what that says about the node. It was lost over the
+/// request if it had taken it, and then the connection broke or the node broke down. What a node says
+/// by itself (it is full, it drains) is no loss.
+fn failure(status: Option<&Status>, open: bool) -> (Error, Blame) {
     let Some(status) = status else {
-        return (Error::unavailable("its stream ended before its last frame"), open);
+        let blame = if open { Blame::Struck } else { Blame::Failed };
+        return (Error::unavailable("its stream ended before its last frame"), blame);
     };
     let error = Error::from_status(status);
     let typed = status.metadata().get_bin(ERROR_TRAILER).is_some();
-    let struck = open && (!typed || error.code == ErrorCode::Internal);
-    (error, struck)
+    let blame = match (open, typed) {
+        (true, false) => Blame::Struck,
+        (true, true) if error.code == ErrorCode::Internal => Blame::Struck,
+        (false, false) => Blame::Unreached,
+        (_, true) => Blame::Failed,
+    };
+    (error, blame)
 }
 
 /// An error of a node, as the client is told. What only concerns the two nodes becomes "unavailable".

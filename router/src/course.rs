@@ -6,13 +6,14 @@ use headstart_cluster::{NodeRecord, Tier};
 use headstart_proto::v1::base_client::BaseClient;
 use headstart_proto::{Epoch, Error, ErrorCode, NodeId, RequestId, v1};
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::attempt::{Attempt, DraftPlan, Lost, Patience, ServePlan};
 use crate::frames::{Decision, ServeEvent};
 use crate::generate::Plan;
 use crate::options::OnNoDrafter;
 use crate::progress::Progress;
-use crate::retry::{self, History, Situation, Verdict};
+use crate::retry::{self, Blame, History, Situation, Verdict};
 use crate::route::{self, Candidate, Part};
 
 /// See the [module](self).
@@ -28,6 +29,10 @@ pub(crate) struct Course<'a> {
     /// The base that writes on what `base` reads; it follows already.
     writer: Option<NodeRecord>,
     attempt: Option<Attempt>,
+    /// Of the base that gave the answer up: while its stream lives, so does the lease of its KV.
+    _leaving: Option<Attempt>,
+    /// The call that lets `writer` follow.
+    _following: Option<AbortOnDropHandle<()>>,
     progress: Progress,
     /// What failed since the answer last moved on, and which nodes it was.
     history: History,
@@ -52,6 +57,8 @@ impl<'a> Course<'a> {
             base: plan.base.clone(),
             writer: None,
             attempt: None,
+            _leaving: None,
+            _following: None,
             progress: Progress::default(),
             history: History::default(),
             avoid: Vec::new(),
@@ -79,10 +86,12 @@ impl<'a> Course<'a> {
             match attempt.next(&mut self.progress).await {
                 Ok(event @ ServeEvent::Moved { .. }) => {
                     self.progress.take(&event);
+                    self._leaving = self.attempt.take().map(Attempt::without_draft);
                     self.moved().await?;
                 }
                 Ok(event) => {
                     self.progress.take(&event);
+                    self._leaving = None;
                     self.went_on();
                     return Ok(event);
                 }
@@ -107,7 +116,6 @@ impl<'a> Course<'a> {
     async fn moved(&mut self) -> Result<(), Error> {
         if self.writer.is_some() {
             // As planned.
-            self.attempt = None;
             if self.reopen().is_ok() {
                 return Ok(());
             }
@@ -115,18 +123,18 @@ impl<'a> Course<'a> {
         self.count(Tier::Base, "moved");
         let node_id = self.base.node_id.clone();
         let error = Error::new(ErrorCode::Draining, format!("base {node_id} gave the answer up"));
-        self.recover(Lost { tier: Tier::Base, node_id, error, struck: false }).await
+        self.recover(Lost { tier: Tier::Base, node_id, error, blame: Blame::Failed }).await
     }
 
     /// Goes on without a node that was lost.
     async fn recover(&mut self, lost: Lost) -> Result<(), Error> {
-        let Lost { tier, node_id, mut error, struck } = lost;
+        let Lost { tier, node_id, mut error, blame } = lost;
         let interrupted = *self.interrupted.get_or_insert_with(Instant::now);
         if tier == Tier::Base {
             self.attempt = None;
         }
         self.avoid.push(node_id);
-        self.history.failed(tier, struck);
+        self.history.failed(tier, blame);
         loop {
             let late = interrupted.elapsed() >= self.plan.core.options.resume_timeout;
             let situation = Situation {
@@ -154,7 +162,7 @@ impl<'a> Course<'a> {
                 if !situation.begun {
                     return Err(error);
                 }
-                self.history.failed(tier, false);
+                self.history.failed(tier, Blame::Failed);
                 tokio::time::sleep(retry::pause(self.history.failures, jitter)).await;
                 continue;
             }
@@ -166,7 +174,7 @@ impl<'a> Course<'a> {
                 Ok(()) => return Ok(()),
                 Err(none) => {
                     error = none;
-                    self.history.failed(tier, false);
+                    self.history.failed(tier, Blame::Failed);
                 }
             }
         }
@@ -201,6 +209,7 @@ impl<'a> Course<'a> {
             self.serve_epoch = self.epoch;
             return self.open(None);
         }
+        self._following = None;
         let base = route::successor(&snapshot.bases, &self.plan.base, &self.avoid, part);
         let base = base.ok_or_else(|| no_node(ErrorCode::NoBase, &self.plan.base))?.0.clone();
         let drafter = match self.progress.settled() {
@@ -249,9 +258,9 @@ impl<'a> Course<'a> {
         route::part(bases, &self.plan.base, self.progress.settled().is_some())
     }
 
-    /// Lets the base that will write on follow the one that reads. It is only a hint: nobody waits
-    /// for what comes of it.
-    fn prefetch(&self) -> Option<NodeRecord> {
+    /// Lets the base that will write on follow the one that reads, until it has the answer or the
+    /// answer is over. It is only a hint: nobody waits for what comes of it.
+    fn prefetch(&mut self) -> Option<NodeRecord> {
         let core = &self.plan.core;
         let view = core.view();
         let bases = core.nodes.snapshot(&view).bases;
@@ -268,14 +277,12 @@ impl<'a> Course<'a> {
                     epoch: self.serve_epoch.get(),
                 }),
             };
-            let patience = core.options.connect_timeout;
-            tokio::spawn(async move {
-                let mut client = BaseClient::new(channel);
-                let prefetch = tokio::time::timeout(patience, client.prefetch(request)).await;
-                if let Ok(Err(error)) = prefetch {
-                    tracing::debug!(%error, "a base was not told what to prefetch");
+            let following = tokio::spawn(async move {
+                if let Err(error) = BaseClient::new(channel).prefetch(request).await {
+                    tracing::debug!(%error, "a base does not prefetch");
                 }
             });
+            self._following = Some(AbortOnDropHandle::new(following));
         }
         Some(writer)
     }

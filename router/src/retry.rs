@@ -14,6 +14,9 @@ use headstart_proto::{Error, ErrorCode};
 
 /// Attempts at an answer whose first token is not out.
 const ATTEMPTS_MAX: u32 = 4;
+/// Attempts that reached no node and do not count as such: a router that was paused finds all its
+/// connections broken at once, and each of them fails one call before it is opened again.
+const UNREACHED_MAX: u32 = 4;
 /// Nodes of one tier that an answer may cost at one position.
 const STRIKES_MAX: u32 = 2;
 /// The first pause, when there is nowhere else to go; each one after it is twice as long.
@@ -26,18 +29,37 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 pub(crate) struct History {
     /// Attempts, and looks for a node that found none.
     pub(crate) failures: u32,
+    /// Those of them whose connection was broken before the node could take the request.
+    unreached: u32,
     base_strikes: u32,
     drafter_strikes: u32,
 }
 
+/// What the failure of an attempt says about the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Blame {
+    /// Nothing: no connection to it stood.
+    Unreached,
+    /// It did not do what was asked, or there was none.
+    Failed,
+    /// It had taken the request, and was lost or broke down over it.
+    Struck,
+}
+
 impl History {
-    /// An attempt failed; with `struck` the node had the request and was lost with it.
-    pub(crate) fn failed(&mut self, tier: Tier, struck: bool) {
+    /// An attempt failed.
+    pub(crate) fn failed(&mut self, tier: Tier, blame: Blame) {
         self.failures += 1;
-        match tier {
-            Tier::Base => self.base_strikes += u32::from(struck),
-            Tier::Drafter => self.drafter_strikes += u32::from(struck),
+        match (blame, tier) {
+            (Blame::Unreached, _) => self.unreached += 1,
+            (Blame::Failed, _) => {}
+            (Blame::Struck, Tier::Base) => self.base_strikes += 1,
+            (Blame::Struck, Tier::Drafter) => self.drafter_strikes += 1,
         }
+    }
+
+    fn attempts(self) -> u32 {
+        self.failures - self.unreached.min(UNREACHED_MAX)
     }
 
     fn is_poison(self) -> bool {
@@ -82,7 +104,7 @@ pub(crate) fn decide(history: History, situation: Situation, jitter: f64) -> Ver
     }
     if !begun {
         let full = code == ErrorCode::Overloaded && !elsewhere && history.failures <= 1;
-        if history.failures >= ATTEMPTS_MAX || full {
+        if history.attempts() >= ATTEMPTS_MAX || full {
             return Verdict::Refuse;
         }
     }
@@ -205,7 +227,7 @@ mod tests {
             (InvalidArgument,  true,  true,     false, 1,       0,       Refuse),
         ];
         for (code, begun, elsewhere, late, failures, base_strikes, expected) in cases {
-            let history = History { failures, base_strikes, drafter_strikes: 0 };
+            let history = History { failures, base_strikes, ..History::default() };
             let situation = Situation { code, begun, elsewhere, late };
             let verdict = decide(history, situation, 1.0);
             assert_eq!(verdict, expected, "{code}, {failures} failures, begun: {begun}");
@@ -215,13 +237,45 @@ mod tests {
     #[test]
     fn strikes_are_counted_by_tier() {
         let mut history = History::default();
-        history.failed(Tier::Base, true);
-        history.failed(Tier::Drafter, true);
-        history.failed(Tier::Base, false);
+        history.failed(Tier::Base, Blame::Struck);
+        history.failed(Tier::Drafter, Blame::Struck);
+        history.failed(Tier::Base, Blame::Failed);
+        history.failed(Tier::Base, Blame::Unreached);
         assert!(!history.is_poison());
-        history.failed(Tier::Drafter, true);
+        history.failed(Tier::Drafter, Blame::Struck);
         assert!(history.is_poison());
-        assert_eq!(history.failures, 4);
+        assert_eq!((history.failures, history.attempts()), (5, 4));
+    }
+
+    /// A router goes on after a pause in which every node gave its connection up: the stream of the
+    /// first one breaks, the calls to the other two bases and to the drafters as well, and then all
+    /// are there again.
+    #[test]
+    fn connections_that_are_all_broken_at_once_do_not_end_an_answer() {
+        use Blame::{Failed, Struck, Unreached};
+        use Verdict::{Now, Refuse};
+        let after = |ms| Verdict::After(Duration::from_millis(ms));
+        let broken = |elsewhere| Situation {
+            code: ErrorCode::Unavailable,
+            begun: false,
+            elsewhere,
+            late: false,
+        };
+        let mut history = History::default();
+        for (tier, blame, elsewhere, verdict) in [
+            (Tier::Base, Struck, true, Now),
+            (Tier::Base, Unreached, true, Now),
+            (Tier::Base, Unreached, false, after(100)),
+            (Tier::Drafter, Unreached, true, Now),
+            (Tier::Drafter, Unreached, false, after(400)),
+            // Nodes that stay away end it all the same, and so do nodes that fail.
+            (Tier::Base, Unreached, false, after(800)),
+            (Tier::Base, Failed, true, Now),
+            (Tier::Base, Unreached, true, Refuse),
+        ] {
+            history.failed(tier, blame);
+            assert_eq!(decide(history, broken(elsewhere), 1.0), verdict, "{history:?}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! An executor without a model: deterministic tokens, settable latency. It lets a whole cluster run
 //! in a test.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::{
@@ -52,22 +52,53 @@ impl Default for FakeOptions {
 /// A gate that steps wait at.
 #[derive(Debug, Default)]
 pub struct Gate {
-    open: Mutex<bool>,
+    passage: Mutex<Passage>,
     changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Passage {
+    /// Steps that may pass; `usize::MAX`: all.
+    steps: usize,
+    /// A step is at the gate.
+    waiting: bool,
 }
 
 impl Gate {
     /// Opens or closes the gate; a new one is closed.
     pub fn set_open(&self, open: bool) {
-        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = open;
+        self.lock().steps = if open { usize::MAX } else { 0 };
         self.changed.notify_all();
     }
 
+    /// Lets so many more steps pass.
+    pub fn let_through(&self, steps: usize) {
+        let mut passage = self.lock();
+        passage.steps = passage.steps.saturating_add(steps);
+        self.changed.notify_all();
+    }
+
+    /// Whether a step waits that may not pass: all before it are over.
+    #[must_use]
+    pub fn holds_a_step(&self) -> bool {
+        let passage = self.lock();
+        passage.waiting && passage.steps == 0
+    }
+
     fn wait(&self) {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        while !*open {
-            open = self.changed.wait(open).unwrap_or_else(PoisonError::into_inner);
+        let mut passage = self.lock();
+        while passage.steps == 0 {
+            passage.waiting = true;
+            passage = self.changed.wait(passage).unwrap_or_else(PoisonError::into_inner);
         }
+        passage.waiting = false;
+        if passage.steps < usize::MAX {
+            passage.steps -= 1;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Passage> {
+        self.passage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

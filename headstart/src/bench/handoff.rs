@@ -256,7 +256,7 @@ impl Bench {
     async fn moves(&self, prompt: &[u32]) -> Result<Switch, Failure> {
         let (id, epoch) = name()?;
         let source = self.from_kv.source(&id, epoch);
-        self.to_kv.prefetch(&id, &source);
+        let prefetch = self.to_kv.prefetch(&id, &source);
         let mut generation = self.begin(prompt).await?;
         let offer = self.from_kv.offer(&id, epoch, &generation).await;
         let offer = offer.ok_or_else(|| failed("the KV cannot leave"))?;
@@ -268,10 +268,11 @@ impl Bench {
         drop(generation);
         let leaving = tokio::spawn({
             let kv = Arc::clone(&self.from_kv);
-            async move { kv.keep(offer).await }
+            async move { kv.keep(offer, std::future::pending()).await }
         });
         let known = prompt.len() + DRAFT;
         let hold = self.to_kv.wait(&id, &source, known).await;
+        drop(prefetch);
         let answer = draft(prompt);
         let request = Request {
             known: Known { answer, scores: Vec::new() },
