@@ -253,9 +253,10 @@ impl Cluster {
     async fn stop(self) {
         let Self { router, shutdown, drafter, bases, kv_lines } = self;
         shutdown.cancel();
+        let nodes: Vec<Node> = bases.into_iter().chain([drafter]).collect();
+        nodes.iter().for_each(|node| node.shutdown.cancel());
         router.wait().await.expect("it ends well");
-        for Node { mut node, shutdown, .. } in bases.into_iter().chain([drafter]) {
-            shutdown.cancel();
+        for Node { mut node, .. } in nodes {
             // One that was killed has ended already.
             let _ = node.ended().await;
         }
