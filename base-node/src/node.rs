@@ -2,7 +2,7 @@
 
 use headstart_cluster::{Membership, Tier};
 use headstart_engine::EngineHandle;
-use headstart_node::{Host, HostOptions, Tiered};
+use headstart_node::{Host, HostOptions, Tiered, ranks};
 use headstart_proto::v1::base_server::BaseServer;
 use headstart_service::net::Listener;
 use headstart_service::node::{NodeError, RunningNode};
@@ -20,6 +20,9 @@ use crate::service::BaseService;
 /// # Errors
 /// What the node cannot start or go on without.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), NodeError> {
+    if let Some(place) = ranks::place(&config.model)?.filter(|place| place.host > 0) {
+        return ranks::run_follower(place, config.node, config.model, shutdown).await;
+    }
     let kv = config.kv().await?;
     let Config { node, model, base_prompt, handoff_timeout, .. } = config;
     let base_prompt = base_prompt.into();

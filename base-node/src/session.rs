@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use headstart_engine::{Decision, Event, Finish, Generation, SubmitError};
+use headstart_node::convert::failed;
 use headstart_proto::v1::{self, DraftEnd};
 use headstart_proto::{Error, ErrorCode};
 use headstart_text::Tokenizer;
@@ -159,7 +160,7 @@ impl Session {
                 () = frames.closed() => return Ok("cancelled"),
                 () = draining.cancelled(), if on && self.job.movable => self.move_on().await,
                 event = happens(&mut self.generation), if on => {
-                    let mut next = Some(event.ok_or_else(|| Error::internal("the engine has stopped"))?);
+                    let mut next = Some(event.ok_or_else(|| Error::unavailable("the engine has stopped"))?);
                     while let Some(event) = next {
                         self.take(event)?;
                         if self.job.move_when_decided && self.decided() {
@@ -194,7 +195,7 @@ impl Session {
     fn take(&mut self, event: Event) -> Result<(), Error> {
         self.hold = None;
         match &event {
-            Event::Failed { message } => return Err(Error::internal(message.clone())),
+            Event::Failed { message, fatal } => return Err(failed(message, *fatal)),
             Event::Read { decision: Some(decision), .. } => self.decide(*decision),
             Event::Wrote { .. } => {
                 metrics::token_written();

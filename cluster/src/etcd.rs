@@ -6,6 +6,7 @@
 mod hold;
 mod link;
 mod look;
+mod meeting;
 mod watcher;
 
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use tokio::task::AbortHandle;
 use crate::{ClusterError, Membership, NodeRecord, Registration, View};
 use hold::Holder;
 use link::Link;
+pub use meeting::Meeting;
 
 /// Membership in etcd. Clones share one watch; it ends with the last of them.
 #[derive(Clone, Debug)]

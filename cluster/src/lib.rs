@@ -21,7 +21,7 @@ use futures::future::BoxFuture;
 use headstart_proto::NodeId;
 use tokio::sync::watch;
 
-pub use etcd::Etcd;
+pub use etcd::{Etcd, Meeting};
 pub use memory::InMemory;
 pub use record::{BaseRole, NodeRecord, Tier, incarnation_now};
 pub use registration::Registration;

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use headstart_engine::{Event, Finish, Generation};
+use headstart_node::convert::failed;
 use headstart_proto::v1::{self, DraftEnd, draft_frame, handoff_frame, handoff_reply};
 use headstart_proto::{Error, ErrorCode};
 use tokio::sync::mpsc;
@@ -128,7 +129,7 @@ impl Draft {
                 }
                 event = happens(&mut self.generation), if writing => {
                     let mut next =
-                        Some(event.ok_or_else(|| Error::internal("the engine has stopped"))?);
+                        Some(event.ok_or_else(|| Error::unavailable("the engine has stopped"))?);
                     while let Some(event) = next {
                         self.take(event)?;
                         next = self.generation.as_mut().and_then(Generation::try_next);
@@ -159,7 +160,7 @@ impl Draft {
         match event {
             Event::Wrote { judged, .. } => self.script.push(judged.token.token),
             Event::Finished { reason, .. } => self.script.end(reason),
-            Event::Failed { message } => return Err(Error::internal(message)),
+            Event::Failed { message, fatal } => return Err(failed(&message, fatal)),
             Event::Read { .. } => {}
         }
         Ok(())

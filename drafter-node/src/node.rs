@@ -2,7 +2,7 @@
 
 use headstart_cluster::{BaseRole, Membership, Tier};
 use headstart_engine::EngineHandle;
-use headstart_node::{Host, HostOptions, Tiered};
+use headstart_node::{Host, HostOptions, Tiered, ranks};
 use headstart_proto::v1::drafter_server::DrafterServer;
 use headstart_service::net::Listener;
 use headstart_service::node::{NodeError, RunningNode};
@@ -20,6 +20,9 @@ use crate::service::DrafterService;
 /// What the node cannot start or go on without.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), NodeError> {
     let Config { node, model, handoff_timeout, .. } = config;
+    if let Some(place) = ranks::place(&model)?.filter(|place| place.host > 0) {
+        return ranks::run_follower(place, node, model, shutdown).await;
+    }
     // A drafter is prompted with its own chat template.
     let base_prompt = BasePrompt::default();
     headstart_node::run(tiered(), node, model, base_prompt, handoff_timeout, shutdown).await

@@ -8,12 +8,13 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Instant;
 
+use crate::collective::hosts::Pulse;
 use crate::core::pages::PagePool;
 use crate::core::scheduler::SequenceId;
 use crate::core::sequence::{Event, Request};
@@ -123,6 +124,9 @@ struct Shared {
     slots: Arc<Semaphore>,
     tickets: AtomicU64,
     stats: Mutex<EngineStats>,
+    /// The fatal error that ended it.
+    failure: OnceLock<String>,
+    pulse: Option<Pulse>,
 }
 
 /// A handle on a running engine. Clones share it; the thread ends when the last one is gone and the
@@ -183,6 +187,8 @@ impl EngineHandle {
                 kv_tokens: limits.pages * limits.page_size,
                 ..EngineStats::default()
             }),
+            failure: OnceLock::new(),
+            pulse: engine.pulse(),
         });
         let runner = Runner {
             engine,
@@ -229,6 +235,22 @@ impl EngineHandle {
     #[must_use]
     pub fn is_stopped(&self) -> bool {
         self.inbox.is_closed()
+    }
+
+    /// Why the engine is of no further use, if it is not: its thread has ended, or ranks in other
+    /// processes are lost, which is known also while nothing runs.
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        let lost = || self.shared.pulse.as_ref()?.lost().map(|lost| lost.to_string());
+        let ended = || self.is_stopped().then(|| "its thread has ended".to_owned());
+        self.shared.failure.get().cloned().or_else(lost).or_else(ended)
+    }
+
+    /// Lets the ranks in other processes go: their processes end as well.
+    pub fn release(&self) {
+        if let Some(pulse) = &self.shared.pulse {
+            pulse.leave();
+        }
     }
 
     /// Submits a request; answers at once.
@@ -421,6 +443,7 @@ impl Runner {
             if let Err(error) = result {
                 tracing::error!(fatal = error.fatal, "a step failed: {error}");
                 if error.fatal {
+                    let _ = self.shared.failure.set(error.message);
                     return ControlFlow::Break(());
                 }
             }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use crate::collective::hosts::Pulse;
 use crate::core::pages::{Page, PagePool};
 use crate::core::prefix::{PrefixCache, followers};
 use crate::core::scheduler::{self, Budget, Demand, Plan, SequenceId};
@@ -89,6 +90,12 @@ impl Engine {
     #[must_use]
     pub fn kv_format(&self) -> Option<KvFormat> {
         self.executor.kv_format()
+    }
+
+    /// Whether all ranks of its executor are there, where some are in other processes.
+    #[must_use]
+    pub fn pulse(&self) -> Option<Pulse> {
+        self.executor.pulse()
     }
 
     /// What was done so far.
@@ -353,7 +360,7 @@ impl Engine {
         lost.into_iter()
             .map(|id| {
                 self.remove(id);
-                (id, Event::Failed { message: error.message.clone() })
+                (id, Event::Failed { message: error.message.clone(), fatal: error.fatal })
             })
             .collect()
     }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Once};
 use common::{Runner, fixtures, load, sample_at, target_at};
 use headstart_engine::core::pages::PageId;
 use headstart_engine::executor::cuda::{self, CudaExecutor, CudaModel, CudaOptions, measure};
-use headstart_engine::executor::{Executor, Found, Probe, Row};
+use headstart_engine::executor::{Executor, Found, KvDtype, Probe, Row};
 use headstart_engine::model::{ModelConfig, WeightDtype};
 use headstart_engine::{Sampling, TokenId};
 use headstart_kernels::cuda::library;
@@ -215,6 +215,61 @@ fn reading_on_tensor_cores_comes_close_to_decoding() {
         let distance = distance(&at_once, &other);
         assert!(distance < 0.1, "{what}: {distance}");
     }
+}
+
+/// Extends `context[start..]`, whose sequence has these pages; what is found at each new token.
+fn extend(
+    executor: &mut dyn Executor,
+    context: &[TokenId],
+    start: usize,
+    pages: &[PageId],
+) -> Vec<Found> {
+    let sampling = Sampling::default();
+    let everything = |i| Probe { position: i, target: Some(7), sample: true, top: 3 };
+    let probes: Vec<Probe> = (start..context.len()).map(everything).collect();
+    let answer_start = context.len();
+    let row = Row { context, start, pages, answer_start, probes: &probes, sampling: &sampling };
+    executor.execute(&[row]).expect("the batch is right").remove(0)
+}
+
+/// Between CPU and GPU, both ways, and from one pool to another.
+#[test]
+fn a_sequence_goes_on_with_the_pages_of_another_device() {
+    for name in ["llama3-rope", "gemma2", "qwen3"] {
+        let path = fixtures().join("tiny").join(name);
+        let (host, device) = (load(&path, WeightDtype::F32), on_cuda(&path, WeightDtype::F32));
+        let cpu = || Runner::new(&host, 2, 256).executor;
+        let cuda = || runner(&device).executor;
+        assert_eq!(cuda().kv_format(), cpu().kv_format(), "{name}");
+        let text = tokens(4, 60);
+        let (there, here) = ([3, 1, 7, 0].map(PageId), [6, 2, 4, 9].map(PageId));
+        for (mut from, mut to, exact) in
+            [(cpu(), cuda(), false), (cuda(), cpu(), false), (cuda(), cuda(), true)]
+        {
+            extend(&mut *from, &text[..48], 0, &there);
+            let mut page = Vec::new();
+            for (from_page, to_page) in there.iter().zip(&here).take(3) {
+                from.read_page(*from_page, &mut page).expect("a page");
+                to.write_page(*to_page, &page).expect("a page");
+            }
+            let expected = extend(&mut *from, &text, 48, &there);
+            let found = extend(&mut *to, &text, 48, &here);
+            let tokens = |found: &[Found]| -> Vec<_> {
+                found.iter().map(|f| f.sampled.expect("was asked for").token).collect()
+            };
+            assert_eq!(tokens(&found), tokens(&expected), "{name}");
+            let distance = distance(&found, &expected);
+            assert!(distance < 1e-4 && (!exact || distance == 0.0), "{name}: {distance}");
+        }
+    }
+    let mut executor = runner(&on_cuda(&fixtures().join("tiny/qwen3"), WeightDtype::Bf16)).executor;
+    let layout = executor.kv_format().expect("pages can leave").layout;
+    assert_eq!(layout.dtype, KvDtype::Bf16);
+    let pages = executor.limits().pages as u32;
+    let page = vec![0; layout.page_bytes()];
+    assert!(executor.write_page(PageId(0), &page[1..]).is_err_and(|e| !e.fatal));
+    assert!(executor.write_page(PageId(pages), &page).is_err_and(|e| !e.fatal));
+    assert!(executor.read_page(PageId(pages), &mut Vec::new()).is_err_and(|e| !e.fatal));
 }
 
 #[test]

@@ -108,7 +108,7 @@ impl Case {
                 assert_eq!(answer_tokens, self.answer.tokens.len());
                 assert_eq!(self.answer.finish.replace(reason), None);
             }
-            Event::Failed { message } => panic!("{message}"),
+            Event::Failed { message, .. } => panic!("{message}"),
         }
     }
 }

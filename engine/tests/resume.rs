@@ -83,7 +83,7 @@ impl Told {
                 assert_eq!(answer_tokens, self.tokens.len());
                 self.finish = Some(reason);
             }
-            Event::Failed { message } => panic!("{message}"),
+            Event::Failed { message, .. } => panic!("{message}"),
         }
     }
 }

@@ -136,7 +136,7 @@ impl Executor for Failing {
 async fn a_failed_step_is_told_and_a_fatal_one_stops_the_engine() {
     let executor = Failing(FakeExecutor::new(FakeOptions::default()));
     let engine = EngineHandle::start(Box::new(executor), EngineOptions::default());
-    let failed = Event::Failed { message: "broken".into() };
+    let failed = Event::Failed { message: "broken".into(), fatal: true };
     let mut one = engine.submit(Request { prompt: vec![13], ..request(4) }).expect("a slot");
     assert_eq!(one.next().await, Some(failed.clone()));
     assert_eq!(one.next().await, None);

@@ -55,6 +55,15 @@ pub fn refused(error: SubmitError) -> Error {
     }
 }
 
+/// A step failed. An engine that is of no further use leaves with its node: another node may answer.
+#[must_use]
+pub fn failed(message: &str, fatal: bool) -> Error {
+    match fatal {
+        true => Error::unavailable(message),
+        false => Error::internal(message),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::load;
+use crate::ranks::{self, Gathering};
 
 /// What a node on a running engine must be told.
 #[derive(Clone, Debug)]
@@ -119,9 +120,9 @@ pub async fn start(
     let node = NodeService::new(&record, &host.text, &options.dtype, status, shutdown.clone());
     let server = (tiered.services)(GrpcServer::new()?, &host).add(NodeServer::new(node));
     let Host { engine, draining, sessions, .. } = host;
-    let alive = Box::new(move || !engine.is_stopped());
+    let failure = Box::new(move || engine.failure());
     let lifetimes = options.lifetimes;
-    let parts = NodeParts { record, server, draining, sessions, alive, lifetimes };
+    let parts = NodeParts { record, server, draining, sessions, failure, lifetimes };
     parts.start(listener, membership, shutdown).await
 }
 
@@ -138,6 +139,7 @@ pub async fn run(
     handoff_timeout: Duration,
     shutdown: CancellationToken,
 ) -> Result<(), NodeError> {
+    let place = ranks::place(&model)?;
     let name = model.name()?;
     let listener = node.bind().await?;
     let local =
@@ -152,11 +154,21 @@ pub async fn run(
         () = shutdown.cancelled() => return Ok(()),
     };
     let dtype = model.dtype.clone();
-    let loading = tokio::task::spawn_blocking(move || load(&model, base_prompt));
+    let gathering = match place {
+        Some(place) => Some(ranks::gathering(place, &node, &model).await?),
+        None => None,
+    };
+    let meeting = gathering.as_ref().and_then(Gathering::meeting);
+    let loading = tokio::task::spawn_blocking(move || load(&model, base_prompt, gathering));
     let (engine, text) = tokio::select! {
         loaded = loading => loaded.map_err(|error| NodeError::Model(error.to_string()))??,
         () = shutdown.cancelled() => return Ok(()),
     };
+    if let Some((meeting, id)) = meeting
+        && let Err(error) = meeting.withdraw(&id).await
+    {
+        tracing::debug!(%error, "the address for tensor-parallel ranks stays until its lease ends");
+    }
     if let Some(listener) = scraped {
         metrics::install();
         (tiered.describe_metrics)();
@@ -174,14 +186,19 @@ pub async fn run(
         lifetimes: node.lifetimes(),
         dialer: Dialer::default(),
     };
+    let ranks = engine.clone();
     let starting = start(tiered, options, engine, &text, &*membership, listener, shutdown.clone());
-    let mut running = tokio::select! {
+    let started = tokio::select! {
         biased;
-        started = starting => started?,
+        started = starting => Some(started?),
         // It waits for etcd.
-        () = shutdown.cancelled() => return Ok(()),
+        () = shutdown.cancelled() => None,
     };
-    running.ended().await
+    if let Some(mut running) = started {
+        running.ended().await?;
+    }
+    ranks.release();
+    Ok(())
 }
 
 fn record(

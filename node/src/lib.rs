@@ -6,6 +6,7 @@
 pub mod convert;
 pub mod host;
 pub mod load;
+pub mod ranks;
 
 pub use host::{AddServices, Host, HostOptions, Tiered, run, start};
 pub use load::load;

@@ -64,12 +64,18 @@ pub enum NodeError {
     #[error("{0}")]
     Model(String),
     /// Its engine stopped while it served.
-    #[error("the engine has stopped")]
-    Engine,
+    #[error("the engine has stopped: {0}")]
+    Engine(String),
+    /// Its ranks cannot run for their leader, or not any more.
+    #[error("{0}")]
+    Ranks(String),
     /// Another process with its id started later and took its place.
     #[error("a later start of node {0} has taken its place")]
     Superseded(NodeId),
 }
+
+/// Says why a node's engine is of no further use, once it is not.
+pub type Failure = Box<dyn Fn() -> Option<String> + Send + Sync>;
 
 /// What the two node kinds do not have in common.
 pub struct NodeParts {
@@ -81,8 +87,8 @@ pub struct NodeParts {
     pub draining: CancellationToken,
     /// Its live work; the drain waits for it.
     pub sessions: TaskTracker,
-    /// Whether its engine still runs; a node without one leaves the cluster.
-    pub alive: Box<dyn Fn() -> bool + Send + Sync>,
+    /// Why its engine does not run any more; a node without one leaves the cluster.
+    pub failure: Failure,
     /// The times of its life.
     pub lifetimes: Lifetimes,
 }
@@ -114,14 +120,14 @@ impl NodeParts {
         membership: &dyn Membership,
         shutdown: CancellationToken,
     ) -> Result<RunningNode, NodeError> {
-        let Self { record, server, draining, sessions, alive, lifetimes } = self;
+        let Self { record, server, draining, sessions, failure, lifetimes } = self;
         let server = server.keep_alive(lifetimes.keep_alive).start(listener).await;
         let registration = register(membership, &record, lifetimes.lease_ttl).await?;
         tracing::info!(
             node_id = %record.node_id, tier = %record.tier, address = %record.address,
             model = %record.model, slots = record.slots, "node is ready"
         );
-        let life = Life { server, registration, draining, sessions, alive, lifetimes };
+        let life = Life { server, registration, draining, sessions, failure, lifetimes };
         let task = tokio::spawn(life.run(shutdown));
         Ok(RunningNode { record, task, joined: false })
     }
@@ -179,10 +185,13 @@ impl Drop for RunningNode {
     }
 }
 
-/// Waits until `alive` says no.
-async fn dead(alive: &(dyn Fn() -> bool + Send + Sync)) {
+/// Waits until `failure` says something.
+async fn dead(failure: &Failure) -> String {
     let mut tick = tokio::time::interval(ALIVE_INTERVAL);
-    while alive() {
+    loop {
+        if let Some(failure) = failure() {
+            return failure;
+        }
         tick.tick().await;
     }
 }
@@ -192,7 +201,7 @@ struct Life {
     registration: Registration,
     draining: CancellationToken,
     sessions: TaskTracker,
-    alive: Box<dyn Fn() -> bool + Send + Sync>,
+    failure: Failure,
     lifetimes: Lifetimes,
 }
 
@@ -208,9 +217,9 @@ impl Life {
                 self.registration.deregister().await;
                 return Err(error.into());
             }
-            () = dead(&*self.alive) => {
+            failure = dead(&self.failure) => {
                 self.registration.deregister().await;
-                return Err(NodeError::Engine);
+                return Err(NodeError::Engine(failure));
             }
         }
         tracing::info!(%node_id, live = self.sessions.len(), "draining");

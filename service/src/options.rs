@@ -149,6 +149,9 @@ pub struct ModelOptions {
     /// Tensor-parallel ranks that share the model, each with its part of the weights, the KV cache and the threads
     #[arg(long, env = "HEADSTART_TP", value_name = "N", default_value = "1", value_parser = count(64))]
     pub tp: usize,
+    /// Ranks in other processes.
+    #[command(flatten)]
+    pub hosts: TpHostOptions,
     /// Requests at once; one more is refused
     #[arg(long, env = "HEADSTART_SLOTS", value_name = "N", default_value = "16", value_parser = count(4096))]
     pub slots: usize,
@@ -158,6 +161,32 @@ pub struct ModelOptions {
     /// Tokens that one engine step computes at most
     #[arg(long, env = "HEADSTART_STEP_TOKENS", value_name = "N", default_value = "512", value_parser = count(1 << 20))]
     pub step_tokens: usize,
+}
+
+/// Tensor-parallel ranks in several processes, on one machine or many. All of them are started with
+/// the same model, `--tp` and `--tp-hosts`.
+#[derive(Clone, Debug, Args)]
+pub struct TpHostOptions {
+    /// Processes that share the tensor-parallel ranks evenly
+    #[arg(long, env = "HEADSTART_TP_HOSTS", value_name = "N", default_value = "1", visible_alias = "nnodes", value_parser = count(64))]
+    pub tp_hosts: usize,
+    /// This process among them; 0 leads and is the node, the others only compute for it
+    #[arg(long, env = "HEADSTART_TP_HOST_RANK", value_name = "R", default_value = "0", visible_alias = "node-rank", value_parser = RangedU64ValueParser::<usize>::new().range(0..64))]
+    pub tp_host_rank: usize,
+    /// Where process 0 listens for the others [default: a free port, told through etcd under --node-id]
+    #[arg(
+        long,
+        env = "HEADSTART_TP_LEADER",
+        value_name = "HOST:PORT",
+        visible_alias = "dist-init-addr"
+    )]
+    pub tp_leader: Option<String>,
+    /// How long the processes may take to find each other
+    #[arg(long, env = "HEADSTART_TP_JOIN_TIMEOUT", value_name = "TIME", default_value = "10m", value_parser = duration)]
+    pub tp_join_timeout: Duration,
+    /// A process that is silent for so long is lost, and the node with it
+    #[arg(long, env = "HEADSTART_TP_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration)]
+    pub tp_timeout: Duration,
 }
 
 /// KV tokens that nobody asked for explicitly are no more than these.

@@ -133,7 +133,7 @@ async fn start_with(
         server: GrpcServer::new().unwrap().add(NodeServer::new(service)),
         draining: draining.clone(),
         sessions: sessions.clone(),
-        alive: Box::new(move || living.load(Ordering::SeqCst)),
+        failure: Box::new(move || (!living.load(Ordering::SeqCst)).then(|| "broken".to_owned())),
         lifetimes: Lifetimes {
             lease_ttl: Duration::from_millis(200),
             drain_timeout,
@@ -334,7 +334,7 @@ async fn a_node_whose_engine_stopped_leaves() {
     let mut node = start(PATIENCE).await;
     node.alive.store(false, Ordering::SeqCst);
     let error = node.node.ended().await.unwrap_err();
-    assert!(matches!(error, NodeError::Engine), "{error}");
+    assert!(matches!(&error, NodeError::Engine(why) if why == "broken"), "{error}");
     node.node.ended().await.unwrap();
     assert!(node.members.watch().borrow().nodes.is_empty());
 }

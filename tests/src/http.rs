@@ -1,6 +1,7 @@
 //! A plain HTTP client, so that tests see statuses, headers and bodies as they are.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -105,4 +106,22 @@ fn response(mut response: ureq::http::Response<ureq::Body>) -> Response {
     let status = response.status().as_u16();
     let text = response.body_mut().read_to_string().unwrap_or_default();
     Response { status, retry_after, body: serde_json::from_str(&text).unwrap_or_default() }
+}
+
+/// The sum over all labels of a counter at a node's metrics address.
+///
+/// # Panics
+/// If the node breaks off in the middle of its answer.
+#[must_use]
+pub fn counter(address: &str, name: &str) -> f64 {
+    // A node that still loads its model counts nothing.
+    let Ok(mut stream) = TcpStream::connect(address) else { return 0.0 };
+    let request = "GET /metrics HTTP/1.0\r\nConnection: close\r\n\r\n";
+    stream.write_all(request.as_bytes()).expect("the node reads");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("the node answers");
+    let lines = text
+        .lines()
+        .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])));
+    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }

@@ -24,9 +24,33 @@ impl Process {
     /// If the binary was not built.
     #[must_use]
     pub fn start(name: &str, arguments: &[&str]) -> Self {
+        Self::start_with(name, arguments, Stdio::inherit(), &[])
+    }
+
+    /// As [`Self::start`], with these variables in its environment.
+    ///
+    /// # Panics
+    /// If the binary was not built.
+    #[must_use]
+    pub fn start_env(name: &str, arguments: &[&str], env: &[(&str, &str)]) -> Self {
+        Self::start_with(name, arguments, Stdio::inherit(), env)
+    }
+
+    /// As [`Self::start`]; what it prints goes to the file `log`.
+    ///
+    /// # Panics
+    /// If the binary was not built, or the file cannot be made.
+    #[must_use]
+    pub fn start_logged(name: &str, arguments: &[&str], log: &Path) -> Self {
+        let file = std::fs::File::create(log).expect("a log can be made");
+        Self::start_with(name, arguments, file.into(), &[])
+    }
+
+    fn start_with(name: &str, arguments: &[&str], stderr: Stdio, env: &[(&str, &str)]) -> Self {
         let path = binary(name);
         let mut command = Command::new(&path);
         command.args(arguments).env_remove("RUST_LOG").stdin(Stdio::null()).stdout(Stdio::null());
+        command.stderr(stderr).envs(env.iter().copied());
         let child = command.spawn().unwrap_or_else(|error| {
             panic!("{}: {error}; run `cargo build --release --workspace --bins`", path.display())
         });
@@ -38,8 +62,17 @@ impl Process {
     /// # Panics
     /// If it does not stop within a minute.
     #[must_use]
-    pub fn terminate(mut self) -> Option<i32> {
+    pub fn terminate(self) -> Option<i32> {
         self.signal("TERM");
+        self.ended()
+    }
+
+    /// Waits for the process to end by itself.
+    ///
+    /// # Panics
+    /// If it does not within a minute.
+    #[must_use]
+    pub fn ended(mut self) -> Option<i32> {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             if let Ok(Some(status)) = self.child.try_wait() {

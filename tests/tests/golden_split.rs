@@ -2,28 +2,12 @@
 //! out, from KV that moved. Then the writer is asked to stop in the middle of the load: its answers
 //! move to a third base, and not one fails.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use headstart_cluster::testing::EtcdServer;
 use headstart_tests::golden::check_file;
-use headstart_tests::http::Client;
+use headstart_tests::http::{Client, counter};
 use headstart_tests::process::{Process, free_address, run, wait_ready};
-
-/// The sum over all labels of a counter at a node's metrics address.
-fn counter(address: &str, name: &str) -> f64 {
-    // A node that still loads its model counts nothing.
-    let Ok(mut stream) = TcpStream::connect(address) else { return 0.0 };
-    let request = "GET /metrics HTTP/1.0\r\nConnection: close\r\n\r\n";
-    stream.write_all(request.as_bytes()).expect("the node reads");
-    let mut text = String::new();
-    stream.read_to_string(&mut text).expect("the node answers");
-    let lines = text
-        .lines()
-        .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])));
-    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
-}
 
 fn until(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(120);

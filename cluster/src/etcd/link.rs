@@ -21,6 +21,7 @@ const PING_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) struct Link {
     endpoints: Arc<[String]>,
     prefix: Arc<str>,
+    leaders: Arc<str>,
     timeout: Duration,
 }
 
@@ -70,8 +71,9 @@ impl Link {
                 return Err(ClusterError::invalid("etcd", expected, endpoint));
             }
         }
-        let prefix = format!("/headstart/{cluster_name}/nodes/").into();
-        Ok(Self { endpoints: endpoints.into(), prefix, timeout })
+        let of = |what| format!("/headstart/{cluster_name}/{what}/").into();
+        let (prefix, leaders) = (of("nodes"), of("leaders"));
+        Ok(Self { endpoints: endpoints.into(), prefix, leaders, timeout })
     }
 
     /// The prefix of every record's key.
@@ -81,6 +83,11 @@ impl Link {
 
     pub(crate) fn key(&self, id: &NodeId) -> String {
         format!("{}{id}", self.prefix)
+    }
+
+    /// The key of where the processes of one node meet.
+    pub(crate) fn leader_key(&self, id: &NodeId) -> String {
+        format!("{}{id}", self.leaders)
     }
 
     /// A fresh client, boxed because it is large. It connects with its first call.

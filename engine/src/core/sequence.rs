@@ -120,6 +120,8 @@ pub enum Event {
     Failed {
         /// Why.
         message: String,
+        /// The engine is of no further use: another one may well answer.
+        fatal: bool,
     },
 }
 

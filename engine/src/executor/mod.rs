@@ -6,6 +6,7 @@ pub mod device;
 pub mod fake;
 pub mod kv;
 
+use crate::collective::hosts::Pulse;
 use crate::core::pages::PageId;
 use crate::core::sampling::Sampling;
 pub use kv::{KvDtype, KvFormat, KvLayout, ModelHash};
@@ -106,6 +107,11 @@ pub trait Executor: Send {
 
     /// What its pages are to other executors. `None`: they cannot leave it.
     fn kv_format(&self) -> Option<KvFormat> {
+        None
+    }
+
+    /// Whether all its ranks are there, where some of them are in other processes.
+    fn pulse(&self) -> Option<Pulse> {
         None
     }
 

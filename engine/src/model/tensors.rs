@@ -8,13 +8,14 @@ use headstart_formats::hf::HfDir;
 use headstart_formats::safetensors::SafetensorsDir;
 use headstart_kernels::{DType, dequantise};
 
-use super::Progress;
 use super::config::ModelConfig;
 use super::error::LoadError;
 use super::family::{self, GgufReader, HfReader};
 use super::loader::{half_split, interleaved_index};
 use super::names::{Names, Slot};
 use super::source::{Record, Source};
+use super::{Progress, WeightDtype, hash};
+use crate::executor::ModelHash;
 
 /// A matrix of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,6 +125,14 @@ impl<'a> Tensors<'a> {
             bytes: Vec::new(),
             spare: Vec::new(),
         })
+    }
+
+    /// Names the model, whose weights are kept as `dtype`.
+    ///
+    /// # Errors
+    /// A tensor cannot be read.
+    pub(crate) fn hash(&self, dtype: WeightDtype) -> Result<ModelHash, LoadError> {
+        hash::hash(&self.source, &self.config, dtype)
     }
 
     /// What the model is.

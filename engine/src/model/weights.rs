@@ -1,5 +1,6 @@
 //! A model in memory: whole, or in one part for each tensor-parallel rank.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -21,15 +22,34 @@ impl Weights {
         tp: usize,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Self, LoadError> {
+        Self::load_ranks(path, options, 0..tp.max(1), tp, progress)
+    }
+
+    /// Loads the parts of neighbouring ranks of `tp`; the others are in other processes.
+    ///
+    /// # Errors
+    /// As [`Model::load_part`].
+    ///
+    /// # Panics
+    /// Without a rank.
+    pub fn load_ranks(
+        path: &Path,
+        options: LoadOptions,
+        ranks: Range<usize>,
+        tp: usize,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self, LoadError> {
+        assert!(!ranks.is_empty(), "a process has a rank");
+        let (first, parts) = (ranks.start, ranks.len() as u64);
         let part = |rank| {
             // Each part reports its own way through the whole file.
             let mut scaled = |p: Progress| {
-                let done = (rank as u64 * p.bytes_total + p.bytes_loaded) / tp as u64;
+                let done = ((rank - first) as u64 * p.bytes_total + p.bytes_loaded) / parts;
                 progress(Progress { bytes_loaded: done, ..p });
             };
             Model::load_part(path, options, Shard { rank, ranks: tp }, &mut scaled).map(Arc::new)
         };
-        (0..tp.max(1)).map(part).collect::<Result<_, _>>().map(Self)
+        ranks.map(part).collect::<Result<_, _>>().map(Self)
     }
 
     /// The parts, in the order of their ranks.

@@ -360,7 +360,7 @@ async fn write_on(mut generation: Generation, decided: Instant) -> Result<Switch
 async fn next(generation: &mut Generation) -> Result<Event, Failure> {
     let event = tokio::time::timeout(PATIENCE, generation.next()).await.map_err(failed)?;
     match event {
-        Some(Event::Failed { message }) => Err(Failure::Failed(message)),
+        Some(Event::Failed { message, .. }) => Err(Failure::Failed(message)),
         Some(event) => Ok(event),
         None => Err(failed("the engine has stopped")),
     }

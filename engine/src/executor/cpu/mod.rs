@@ -7,9 +7,11 @@
 //! With tensor parallelism an executor is one rank: it has its own heads, its own part of the MLP
 //! and of the vocabulary, its own threads and KV pool ([`TensorParallel`] runs them side by side).
 
+mod follow;
 mod forward;
 mod parallel;
 mod probe;
+mod remote;
 
 use std::sync::Arc;
 
@@ -22,7 +24,8 @@ use crate::model::{Model, Weights};
 use forward::{Scratch, Span};
 use probe::Partial;
 
-pub use parallel::TensorParallel;
+pub use follow::{FollowError, follow};
+pub use parallel::{HostTimes, LeadError, TensorParallel};
 
 /// How a [`CpuExecutor`] is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

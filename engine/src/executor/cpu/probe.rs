@@ -38,13 +38,13 @@ struct Wanted {
 #[derive(Debug)]
 pub(super) struct Partial {
     /// `argmax` is a token of the whole vocabulary.
-    stats: VocabStats,
+    pub(super) stats: VocabStats,
     /// The target's logit, if the target is here.
-    target: Option<f32>,
+    pub(super) target: Option<f32>,
     /// The likeliest tokens here with their logits, most likely first.
-    top: Vec<(TokenId, f32)>,
+    pub(super) top: Vec<(TokenId, f32)>,
     /// All logits here, if a token is to be drawn.
-    logits: Vec<f32>,
+    pub(super) logits: Vec<f32>,
 }
 
 impl CpuExecutor {

@@ -7,6 +7,7 @@ use headstart_kernels::cuda::{Buffer, CudaError, Device, Precision, Weights};
 use headstart_kernels::{DType, dequantise, quantise};
 
 use super::CudaLoadError;
+use crate::executor::ModelHash;
 use crate::model::tensors::{Norm, Part, Raw, Tensors};
 use crate::model::{ModelConfig, Progress, WeightDtype};
 
@@ -45,6 +46,8 @@ pub struct CudaModel {
     pub(super) device: Device,
     pub(super) config: ModelConfig,
     pub(super) precision: Precision,
+    /// Names the model and how its weights are kept; `None`: it has no files.
+    pub(super) hash: Option<ModelHash>,
     pub(super) embedding: Weights,
     pub(super) head: Option<Weights>,
     pub(super) final_norm: Buffer<f32>,
@@ -68,7 +71,8 @@ impl CudaModel {
             WeightDtype::Auto | WeightDtype::Bf16 => Precision::Bf16,
         };
         let keeps = dtype == WeightDtype::Auto;
-        Uploader { device, tensors, precision, keeps }.model()
+        let hash = tensors.hash(dtype)?;
+        Uploader { device, tensors, precision, keeps, hash }.model()
     }
 
     /// A model of this shape with random bf16 weights, made on the device: for measuring.
@@ -131,6 +135,7 @@ struct Uploader<'a, 'p> {
     precision: Precision,
     /// Formats that kernels read in place stay as the file has them.
     keeps: bool,
+    hash: ModelHash,
 }
 
 impl Uploader<'_, '_> {
@@ -151,6 +156,7 @@ impl Uploader<'_, '_> {
             device: device.clone(),
             config,
             precision,
+            hash: Some(self.hash),
             embedding,
             head,
             final_norm,
@@ -285,6 +291,6 @@ fn random(device: &Device, config: ModelConfig) -> Result<CudaModel, CudaError> 
     let final_norm = ones()?;
     device.synchronize()?;
     let (device, precision) = (device.clone(), Precision::Bf16);
-    let turn = Mutex::default();
-    Ok(CudaModel { device, config, precision, embedding, head, final_norm, layers, turn })
+    let (turn, hash) = (Mutex::default(), None);
+    Ok(CudaModel { device, config, precision, hash, embedding, head, final_norm, layers, turn })
 }

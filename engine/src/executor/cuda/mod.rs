@@ -12,15 +12,16 @@
 mod forward;
 mod load;
 pub mod measure;
+mod pages;
 mod plan;
 mod probe;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
-use headstart_kernels::cuda::{CudaError, Device, KvCache, KvDims};
+use headstart_kernels::cuda::{Buffer, CudaError, Device, KvCache, KvDims};
 
-use super::{Executor, ExecutorError, Found, Limits, Row};
+use super::{Executor, ExecutorError, Found, KvFormat, Limits, PageId, Row};
 use crate::model::{LoadError, Progress, WeightDtype};
 pub use load::CudaModel;
 
@@ -86,6 +87,9 @@ fn lost(error: CudaError) -> ExecutorError {
 pub struct CudaExecutor {
     model: Arc<CudaModel>,
     kv: KvCache,
+    /// A page on its way, on the device and here.
+    page: Buffer<u8>,
+    page_host: Vec<u8>,
     scratch: forward::Scratch,
     graphs: forward::Graphs,
     probes: probe::Scratch,
@@ -113,6 +117,8 @@ impl CudaExecutor {
             pages: pages + 1,
         };
         let kv = KvCache::new(model.device(), dims, model.precision()).map_err(refused)?;
+        let page = model.device().alloc(kv.page_bytes(), "a KV page").map_err(refused)?;
+        let page_host = vec![0; kv.page_bytes()];
         let limits = Limits {
             vocab_size: config.vocab_size,
             context_length: config.context_length.min(pages * page_size),
@@ -123,7 +129,7 @@ impl CudaExecutor {
         let scratch = forward::Scratch::new(&model, limits, chunk_tokens).map_err(refused)?;
         let probes = probe::Scratch::new(&model, limits).map_err(refused)?;
         let graphs = forward::Graphs::default();
-        Ok(Self { model, kv, scratch, graphs, probes, chunk_tokens, limits })
+        Ok(Self { model, kv, page, page_host, scratch, graphs, probes, chunk_tokens, limits })
     }
 
     /// The model that it runs.
@@ -163,5 +169,17 @@ impl Executor for CudaExecutor {
             self.run(rows, &planned, &mut found)?;
         }
         Ok(found)
+    }
+
+    fn kv_format(&self) -> Option<KvFormat> {
+        self.format()
+    }
+
+    fn read_page(&mut self, page: PageId, out: &mut Vec<u8>) -> Result<(), ExecutorError> {
+        self.page_out(page, out)
+    }
+
+    fn write_page(&mut self, page: PageId, data: &[u8]) -> Result<(), ExecutorError> {
+        self.page_in(page, data)
     }
 }

@@ -1,46 +1,10 @@
-//! What tensor-parallel ranks do together.
+//! Ranks that are threads of one process.
 
-use std::fmt;
 use std::hint::spin_loop;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
 
-/// Another rank died or failed: what the ranks were doing together is lost, and so is their node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a tensor-parallel rank was lost")]
-pub struct RankLost;
-
-/// The ranks of one model. Every rank calls the same operations in the same order.
-pub trait Collective: fmt::Debug + Send + Sync {
-    /// How many ranks there are.
-    fn ranks(&self) -> usize;
-
-    /// Replaces `values` by their sums over all ranks, added in the order of the ranks, so that
-    /// every rank has the same bits. All ranks give the same length.
-    ///
-    /// # Errors
-    /// [`RankLost`].
-    fn all_reduce(&self, values: &mut [f32]) -> Result<(), RankLost>;
-
-    /// Tells the other ranks that this one goes no further.
-    fn give_up(&self);
-}
-
-/// One rank that holds the whole model.
-#[derive(Clone, Copy, Debug)]
-pub struct Alone;
-
-impl Collective for Alone {
-    fn ranks(&self) -> usize {
-        1
-    }
-
-    fn all_reduce(&self, _values: &mut [f32]) -> Result<(), RankLost> {
-        Ok(())
-    }
-
-    fn give_up(&self) {}
-}
+use super::{Collective, RankLost};
 
 /// Ranks that are threads of one process.
 ///
@@ -107,7 +71,7 @@ impl Collective for SharedMemory {
     }
 
     fn give_up(&self) {
-        self.group.barrier.lose();
+        self.group.barrier.lose(RankLost::new(self.rank, "it stopped"));
     }
 }
 
@@ -117,28 +81,28 @@ const SPINS: usize = 2_000;
 
 /// A barrier that can be lost. What is written before it is read after it.
 #[derive(Debug)]
-struct Barrier {
+pub(super) struct Barrier {
     ranks: usize,
     arrived: AtomicUsize,
     generation: AtomicUsize,
-    lost: AtomicBool,
+    lost: OnceLock<RankLost>,
     sleeping: Mutex<()>,
     moved: Condvar,
 }
 
 impl Barrier {
-    fn new(ranks: usize) -> Self {
+    pub(super) fn new(ranks: usize) -> Self {
         Self {
             ranks,
             arrived: AtomicUsize::new(0),
             generation: AtomicUsize::new(0),
-            lost: AtomicBool::new(false),
+            lost: OnceLock::new(),
             sleeping: Mutex::new(()),
             moved: Condvar::new(),
         }
     }
 
-    fn wait(&self) -> Result<(), RankLost> {
+    pub(super) fn wait(&self) -> Result<(), RankLost> {
         let generation = self.generation.load(Ordering::Acquire);
         if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.ranks {
             self.arrived.store(0, Ordering::Relaxed);
@@ -146,7 +110,7 @@ impl Barrier {
             self.wake();
         }
         let waits = || self.generation.load(Ordering::Acquire) == generation;
-        let lost = || self.lost.load(Ordering::Acquire);
+        let lost = || self.lost.get().is_some();
         for _ in 0..SPINS {
             if !waits() || lost() {
                 break;
@@ -159,11 +123,12 @@ impl Barrier {
                 guard = self.moved.wait(guard).unwrap_or_else(PoisonError::into_inner);
             }
         }
-        if lost() { Err(RankLost) } else { Ok(()) }
+        self.lost.get().map_or(Ok(()), |lost| Err(lost.clone()))
     }
 
-    fn lose(&self) {
-        self.lost.store(true, Ordering::Release);
+    /// Frees whoever waits, now and later. The first loss counts.
+    pub(super) fn lose(&self, lost: RankLost) {
+        let _ = self.lost.set(lost);
         self.wake();
     }
 
@@ -210,14 +175,15 @@ mod tests {
     fn a_lost_rank_frees_the_others() {
         let mut ends = SharedMemory::group(3);
         let dying = ends.pop().expect("three");
+        let lost = Err(RankLost::new(2, "it stopped"));
         std::thread::scope(|scope| {
             let waiting: Vec<_> =
                 ends.iter().map(|end| scope.spawn(|| end.all_reduce(&mut [1.0]))).collect();
             drop(dying);
             for rank in waiting {
-                assert_eq!(rank.join().expect("ends"), Err(RankLost));
+                assert_eq!(rank.join().expect("ends"), lost);
             }
         });
-        assert_eq!(ends[0].all_reduce(&mut [1.0]), Err(RankLost), "lost for good");
+        assert_eq!(ends[0].all_reduce(&mut [1.0]), lost, "lost for good");
     }
 }
