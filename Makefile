@@ -32,8 +32,10 @@ SIM = $(CARGO) run --release --locked -q -p headstart-sim --
 sim: setup ## Simulate SEEDS=n whole clusters with faults and check what must hold in them
 	@$(SIM) --seeds $(SEEDS)
 
-sim-sabotage: setup ## Build a deliberate bug in, and show the seed that catches it
-	@$(CARGO) run --release --locked -q -p headstart-sim --features sabotage-window -- --seeds 2000 --expect-failure
+sim-sabotage: setup ## Build three deliberate bugs in, one after the other, and show the seed that catches each
+	@for bug in window epoch fence; do echo "sabotage-$$bug:"; \
+	$(CARGO) run --release --locked -q -p headstart-sim --features sabotage-$$bug -- \
+	--seeds 10000 --expect-failure || exit 1; done
 
 verify: setup ## Check format, lints, documentation and dependencies; writes nothing to the sources
 	$(CARGO) fmt --all --check

@@ -82,7 +82,7 @@ impl Config {
             None => local.to_string(),
         };
         let times = Times { lease: self.kv_lease, ..Times::default() };
-        let (role, listener) = (self.role, Some(listener));
+        let (role, listener) = (self.role, Some(listener.into()));
         Ok(KvOptions { role, listener, address, times, ..KvOptions::default() })
     }
 }

@@ -5,12 +5,13 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use futures::StreamExt;
 use headstart_cluster::BaseRole;
 use headstart_engine::{EngineHandle, Generation, Import, KvFormat};
 use headstart_handoff::rates::{Rates, patience};
 use headstart_handoff::{KvTransport, Leases, Offer, Progress, Source, Tcp, Times, pull, serve};
 use headstart_proto::{Epoch, Error, RequestId, v1};
-use tokio::net::TcpListener;
+use headstart_service::net::Listener;
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -26,7 +27,7 @@ pub struct KvOptions {
     /// What it does of an answer.
     pub role: BaseRole,
     /// Where its KV service listens; `None`: it gives none away.
-    pub listener: Option<TcpListener>,
+    pub listener: Option<Listener>,
     /// How others reach the listener, `host:port`; empty if there is none.
     pub address: String,
     /// How it reaches others.
@@ -153,6 +154,12 @@ impl Kv {
             link: AtomicU64::new(0),
             _service: stop.drop_guard(),
         })
+    }
+
+    /// Leases that run, readers of them, and pulls that are under way or wait for their requests.
+    #[must_use]
+    pub fn held(&self) -> [usize; 3] {
+        [self.leases.len(), self.leases.readers(), self.lock().len()]
     }
 
     /// Offers the pages of `generation` to whoever goes on with its request.
@@ -325,20 +332,22 @@ fn wanted(source: &v1::KvSource) -> Result<Source, Error> {
 
 /// Serves connections until `stop`.
 async fn accept(
-    listener: TcpListener,
+    listener: Listener,
     leases: Leases,
     format: KvFormat,
     times: Times,
     stop: CancellationToken,
 ) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut incoming = listener.into_incoming();
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let stream = tokio::select! {
             () = stop.cancelled() => return,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                Err(error) => {
+            accepted = incoming.next() => match accepted {
+                None => return,
+                Some(Ok(stream)) => stream,
+                Some(Err(error)) => {
                     // Such as too many open files: others may close some.
                     tracing::warn!(%error, "accept a KV connection");
                     tokio::time::sleep(times.alive).await;
@@ -349,7 +358,6 @@ async fn accept(
         let (leases, stop) = (leases.clone(), stop.clone());
         tokio::spawn(async move {
             let _place = place;
-            let _ = stream.set_nodelay(true);
             tokio::select! {
                 () = stop.cancelled() => {}
                 served = serve(stream, &leases, format, times) => match served {

@@ -1,5 +1,7 @@
 //! The base-node as a whole: from its configuration, or on an engine that already runs.
 
+use std::sync::{Arc, OnceLock};
+
 use headstart_cluster::{Membership, Tier};
 use headstart_engine::EngineHandle;
 use headstart_node::{Host, HostOptions, Tiered, ranks};
@@ -13,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Config;
 use crate::kv::{Kv, KvOptions};
 use crate::metrics;
-use crate::service::BaseService;
+use crate::service::{BaseService, Holdings};
 
 /// Runs a base-node from its configuration until `shutdown` has drained it.
 ///
@@ -59,21 +61,53 @@ pub async fn start_with(
     listener: impl Into<Listener>,
     shutdown: CancellationToken,
 ) -> Result<RunningNode, NodeError> {
-    headstart_node::start(tiered(kv), options, engine, text, membership, listener, shutdown).await
+    let (node, _) =
+        start_watched(kv, options, engine, text, membership, listener, shutdown).await?;
+    Ok(node)
+}
+
+/// As [`start_with`]; what the base holds can be looked at.
+///
+/// # Errors
+/// When the node cannot register.
+pub async fn start_watched(
+    kv: KvOptions,
+    options: HostOptions,
+    engine: EngineHandle,
+    text: &ModelText,
+    membership: &dyn Membership,
+    listener: impl Into<Listener>,
+    shutdown: CancellationToken,
+) -> Result<(RunningNode, Holdings), NodeError> {
+    let (tiered, holdings) = watched(kv);
+    let node = headstart_node::start(tiered, options, engine, text, membership, listener, shutdown)
+        .await?;
+    let holdings = holdings.get().cloned();
+    Ok((node, holdings.unwrap_or_else(|| unreachable!("a node that runs has its services"))))
 }
 
 fn tiered(kv: KvOptions) -> Tiered {
+    watched(kv).0
+}
+
+/// The base's own parts, and what it will hold once they are put together.
+fn watched(kv: KvOptions) -> (Tiered, Arc<OnceLock<Holdings>>) {
+    let holdings = Arc::new(OnceLock::new());
+    let told = Arc::clone(&holdings);
     let (base_role, kv_address) = (kv.role, kv.address.clone());
-    Tiered {
+    let tiered = Tiered {
         tier: Tier::Base,
         base_role,
         kv_address,
-        services: Box::new(|server: GrpcServer, host: &Host| {
+        services: Box::new(move |server: GrpcServer, host: &Host| {
             let kv = Kv::new(&host.engine, kv);
-            let service = BaseServer::new(BaseService::with_kv(host, kv));
+            let service = BaseService::with_kv(host, kv);
+            let _ = told.set(service.holdings());
+            let service = BaseServer::new(service);
             server.add(service.max_decoding_message_size(MESSAGE_BYTES_MAX))
         }),
         describe_metrics: metrics::describe,
         engine_metrics: metrics::engine,
-    }
+    };
+    (tiered, holdings)
 }

@@ -1,6 +1,6 @@
 //! The `Base` service: `Serve` opens a session, `Handoff` brings it its draft.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use headstart_engine::EngineHandle;
 use headstart_node::Host;
@@ -58,6 +58,15 @@ impl BaseService {
         }
     }
 
+    /// What tells what the service holds.
+    #[must_use]
+    pub fn holdings(&self) -> Holdings {
+        Holdings {
+            rendezvous: Arc::downgrade(&self.rendezvous),
+            kv: Arc::downgrade(&self.shared.kv),
+        }
+    }
+
     async fn open(
         &self,
         request: v1::ServeRequest,
@@ -91,6 +100,31 @@ impl BaseService {
         let session = Session::new(job, generation, seat, frames, self.shared.clone(), hold)?;
         self.sessions.spawn(session.run());
         Ok(receiver)
+    }
+}
+
+/// What a base holds beside its engine's slots and pages. It does not keep the base alive.
+#[derive(Clone)]
+pub struct Holdings {
+    rendezvous: Weak<Rendezvous>,
+    kv: Weak<Kv>,
+}
+
+impl Holdings {
+    /// How many there are of each thing; nothing of a base that is gone.
+    #[must_use]
+    pub fn counts(&self) -> Vec<(&'static str, usize)> {
+        let (Some(rendezvous), Some(kv)) = (self.rendezvous.upgrade(), self.kv.upgrade()) else {
+            return Vec::new();
+        };
+        let [leases, readers, pulls] = kv.held();
+        vec![
+            ("places at the rendezvous", rendezvous.sessions()),
+            ("waiting drafters", rendezvous.waiting()),
+            ("KV leases", leases),
+            ("KV readers", readers),
+            ("KV pulls", pulls),
+        ]
     }
 }
 

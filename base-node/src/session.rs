@@ -181,7 +181,8 @@ impl Session {
                 }
                 () = &mut patience, if reading && !here => {
                     let message = format!("no drafter came within {:?}", self.shared.handoff_timeout);
-                    return Err(Error::new(ErrorCode::DeadlineExceeded, message));
+                    // The router is told which of the two to replace.
+                    return Err(Error::new(ErrorCode::NoDrafter, message));
                 }
             }
         }

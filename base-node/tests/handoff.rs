@@ -431,7 +431,7 @@ async fn nobody_waits_for_ever() {
     let request = serve_request(DraftEncoding::Ids);
     let mut answer = node.client.serve(request).await.expect("taken").into_inner();
     let error = hear(&mut answer).await.expect_err("no drafter came");
-    assert_eq!(error.code, ErrorCode::DeadlineExceeded);
+    assert_eq!(error.code, ErrorCode::NoDrafter, "it is the drafter that is to be replaced");
 }
 
 #[tokio::test]

@@ -64,7 +64,7 @@ async fn start(options: FakeOptions) -> Node {
     let kv_address = kv_listener.local_addr().expect("bound").to_string();
     let times = Times { lease: Duration::from_secs(20), ..Times::default() };
     let kv = KvOptions {
-        listener: Some(kv_listener),
+        listener: Some(kv_listener.into()),
         address: kv_address.clone(),
         times,
         ..KvOptions::default()

@@ -143,6 +143,16 @@ impl Export {
         self.view.changed().await.is_ok()
     }
 
+    /// Gives the pages so far back, whoever reads them: a deliberate bug.
+    #[cfg(feature = "sabotage-fence")]
+    pub fn free(&self) {
+        for page in &self.view.borrow().pages {
+            page.page.give_back_early();
+            // It is not to be given back again.
+            std::mem::forget(Arc::clone(page));
+        }
+    }
+
     /// Has a page copied into `buffer`, which is resized to fit.
     pub async fn read(&self, page: Arc<ExportedPage>, buffer: Vec<u8>) -> Reading {
         let (reply, answer) = oneshot::channel();

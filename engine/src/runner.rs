@@ -407,7 +407,7 @@ impl Runner {
                 };
                 self.apply(command);
             }
-            if self.turn().is_break() {
+            if self.turn(None).is_break() {
                 return;
             }
         }
@@ -421,24 +421,26 @@ impl Runner {
                 };
                 self.apply(command);
             }
+            let started = Instant::now();
             if self.engine.has_work() {
                 pace().await;
             }
-            if self.turn().is_break() {
+            if self.turn(Some(started)).is_break() {
                 return;
             }
         }
     }
 
     /// Takes what was asked, and runs a step if there is something to do. Breaks on a fatal error.
-    fn turn(&mut self) -> ControlFlow<()> {
+    /// `started`: when the step began, if that was before now.
+    fn turn(&mut self, started: Option<Instant>) -> ControlFlow<()> {
         while let Ok(command) = self.commands.try_recv() {
             self.apply(command);
         }
         self.drop_aborted();
         self.copy_pages();
         if self.engine.has_work() {
-            let (events, result) = self.step();
+            let (events, result) = self.step(started.unwrap_or_else(Instant::now));
             self.deliver(events);
             if let Err(error) = result {
                 tracing::error!(fatal = error.fatal, "a step failed: {error}");
@@ -452,10 +454,9 @@ impl Runner {
         ControlFlow::Continue(())
     }
 
-    /// Runs a step, and looks at the clock around it.
-    fn step(&mut self) -> (Vec<(SequenceId, Event)>, Result<(), ExecutorError>) {
+    /// Runs a step that has `started` then, and looks at the clock after it.
+    fn step(&mut self, started: Instant) -> (Vec<(SequenceId, Event)>, Result<(), ExecutorError>) {
         let before = self.engine.counters();
-        let started = Instant::now();
         let result = self.engine.step();
         let after = self.engine.counters();
         let tokens = after.tokens_extended - before.tokens_extended;

@@ -46,6 +46,7 @@ struct Shared {
     offered: Notify,
     /// Readers at once, those that wait for an offer included.
     readers: Semaphore,
+    readers_max: usize,
 }
 
 impl Shared {
@@ -59,14 +60,25 @@ impl Leases {
     /// A table that serves at most `readers` at once.
     #[must_use]
     pub fn new(readers: usize) -> Self {
-        let (leases, offered) = (Mutex::default(), Notify::new());
-        Self { shared: Arc::new(Shared { leases, offered, readers: Semaphore::new(readers) }) }
+        let shared = Shared {
+            leases: Mutex::default(),
+            offered: Notify::new(),
+            readers: Semaphore::new(readers),
+            readers_max: readers,
+        };
+        Self { shared: Arc::new(shared) }
     }
 
     /// Leases that run.
     #[must_use]
     pub fn len(&self) -> usize {
         self.shared.lock().len()
+    }
+
+    /// Readers that are here, those that wait for an offer included.
+    #[must_use]
+    pub fn readers(&self) -> usize {
+        self.shared.readers_max - self.shared.readers.available_permits()
     }
 
     /// Whether no lease runs.
@@ -148,6 +160,9 @@ impl Leases {
             && let Some(lease) = leases.remove(id)
         {
             drop(leases);
+            #[cfg(feature = "sabotage-fence")]
+            lease.export.free();
+            #[cfg(not(feature = "sabotage-fence"))]
             lease.fence.cancel();
         }
     }

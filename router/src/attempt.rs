@@ -65,9 +65,9 @@ pub(crate) struct ServePlan {
 /// A node that an attempt cannot go on with.
 #[derive(Clone, Debug)]
 pub(crate) struct Lost {
-    /// Its tier.
+    /// Whose stream is over.
     pub(crate) tier: Tier,
-    /// The node.
+    /// The node that is to be avoided: that one, or the drafter that its base waited for in vain.
     pub(crate) node_id: NodeId,
     /// Why.
     pub(crate) error: Error,
@@ -120,6 +120,8 @@ pub(crate) struct Attempt {
     draft: Option<Draft>,
     /// A drafter that lost the base, while the base may still have a say.
     base_lost: Option<Lost>,
+    /// A drafter was replaced because it lost the base. If the next one does too, it is the base.
+    doubted: bool,
     patience: Patience,
     deadline: Pin<Box<Sleep>>,
 }
@@ -142,6 +144,7 @@ impl Attempt {
             base_id: node_id,
             draft: draft.map(Draft::open),
             base_lost: None,
+            doubted: false,
             patience,
             deadline: Box::pin(sleep(patience.first_frame)),
         }
@@ -218,7 +221,21 @@ impl Attempt {
         };
         let (error, blame) = failure(status.as_ref(), self.serve.is_open());
         self.base.told(Some(error.code));
-        Err(self.lost_base(error, blame))
+        let lost = self.lost_base(error, blame);
+        let drafter =
+            if lost.error.code == ErrorCode::NoDrafter { self.silent_drafter() } else { None };
+        // The base is fine: it is another drafter that is needed.
+        Err(Lost { node_id: drafter.unwrap_or(lost.node_id), ..lost })
+    }
+
+    /// The drafter that the base says it waits for in vain.
+    fn silent_drafter(&mut self) -> Option<NodeId> {
+        if let Some(draft) = &self.draft {
+            draft.place.told(Some(ErrorCode::DeadlineExceeded));
+            return Some(draft.node_id.clone());
+        }
+        // It said before that it cannot reach the base.
+        self.base_lost.take().map(|lost| lost.node_id)
     }
 
     /// The draft's stream is over.
@@ -234,6 +251,7 @@ impl Attempt {
             return Ok(());
         }
         match lost.error.code {
+            ErrorCode::NoBase if self.doubted => Err(self.lost_base(lost.error, Blame::Failed)),
             // Most often it is the base that is gone, and its stream is about to say so.
             ErrorCode::NoBase => {
                 self.base_lost = Some(lost);
@@ -257,6 +275,7 @@ impl Attempt {
 
     fn too_late(&mut self) -> Lost {
         if let Some(lost) = self.base_lost.take() {
+            self.doubted = true;
             return lost;
         }
         let error = Error::new(ErrorCode::DeadlineExceeded, "it sent nothing for too long");

@@ -133,6 +133,10 @@ impl<'a> Course<'a> {
         if tier == Tier::Base {
             self.attempt = None;
         }
+        tracing::debug!(
+            request_id = %self.request_id, %tier, %node_id, %error, ?blame,
+            tokens = self.progress.tokens(), failures = self.history.failures, "attempt was lost"
+        );
         self.avoid.push(node_id);
         self.history.failed(tier, blame);
         loop {

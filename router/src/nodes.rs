@@ -193,6 +193,11 @@ impl Nodes {
         Snapshot { bases: candidates(Tier::Base), drafters: candidates(Tier::Drafter) }
     }
 
+    /// Places taken on all nodes that are known.
+    pub(crate) fn places(&self) -> usize {
+        self.lock().values().map(|node| node.in_flight.load(Ordering::Relaxed) as usize).sum()
+    }
+
     /// Takes a place for one answer on `record`'s node.
     ///
     /// # Errors

@@ -54,9 +54,14 @@ impl RunningRouter {
         self.core.is_ready()
     }
 
-    /// Places taken for answers in flight.
+    /// Requests that wait for their turn or run.
     pub fn in_flight(&self) -> usize {
         self.core.in_flight()
+    }
+
+    /// Places taken on nodes by the attempts at those answers.
+    pub fn places(&self) -> usize {
+        self.core.nodes.places()
     }
 
     /// Waits until the router has ended.

@@ -428,3 +428,19 @@ async fn an_answer_that_costs_two_bases_is_not_passed_on() {
     assert!(serves.iter().any(|(name, _)| name == "base-1"));
     assert!(serves.iter().any(|(name, _)| name == "base-2"));
 }
+
+#[tokio::test]
+async fn a_base_that_waits_for_its_drafter_in_vain_is_given_another_one() {
+    let cluster = Cluster::start().await;
+    let whole = cluster.answer("").await;
+    cluster.script.reset();
+    *cluster.script.base_dies.lock().unwrap() = Some((1, Death::Fail(ErrorCode::NoDrafter)));
+    assert_eq!(cluster.answer("").await, whole);
+    let (serves, drafts) =
+        (cluster.script.serves.lock().unwrap(), cluster.script.drafts.lock().unwrap());
+    let names = |attempts: &[&String]| (attempts.len(), attempts.first() == attempts.last());
+    let bases: Vec<&String> = serves.iter().map(|(name, _)| name).collect();
+    let drafters: Vec<&String> = drafts.iter().map(|(name, _)| name).collect();
+    assert_eq!(names(&bases), (2, true), "the base is the same: {bases:?}");
+    assert_eq!(names(&drafters), (2, false), "the drafter is another one: {drafters:?}");
+}

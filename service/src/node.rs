@@ -103,6 +103,7 @@ impl fmt::Debug for NodeParts {
 #[derive(Debug)]
 pub struct RunningNode {
     record: NodeRecord,
+    sessions: TaskTracker,
     task: JoinHandle<Result<(), NodeError>>,
     joined: bool,
 }
@@ -127,9 +128,10 @@ impl NodeParts {
             node_id = %record.node_id, tier = %record.tier, address = %record.address,
             model = %record.model, slots = record.slots, "node is ready"
         );
+        let work = sessions.clone();
         let life = Life { server, registration, draining, sessions, failure, lifetimes };
         let task = tokio::spawn(life.run(shutdown));
-        Ok(RunningNode { record, task, joined: false })
+        Ok(RunningNode { record, sessions: work, task, joined: false })
     }
 }
 
@@ -154,6 +156,11 @@ impl RunningNode {
     /// What the node told the cluster when it started.
     pub fn record(&self) -> &NodeRecord {
         &self.record
+    }
+
+    /// Its live work: requests that run, and answers whose KV is kept for whoever goes on.
+    pub fn sessions(&self) -> usize {
+        self.sessions.len()
     }
 
     /// Waits until the node has ended: after a drain, or with the error that ended it, which is told

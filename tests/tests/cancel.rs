@@ -136,7 +136,7 @@ impl Cluster {
             let line = Proxy::start(kv_address).await.expect("a free port");
             let kv = KvOptions {
                 role: *role,
-                listener: Some(kv_listener),
+                listener: Some(kv_listener.into()),
                 address: line.address(),
                 times: Times { lease: LEASE, ..Times::default() },
                 ..KvOptions::default()

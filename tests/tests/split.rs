@@ -85,7 +85,7 @@ impl Cluster {
         let (kv_listener, kv_address) = listen().await;
         let kv = KvOptions {
             role,
-            listener: Some(kv_listener),
+            listener: Some(kv_listener.into()),
             address: kv_address,
             ..KvOptions::default()
         };

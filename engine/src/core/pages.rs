@@ -105,11 +105,25 @@ impl Page {
         self.pool.lock().is_idle(self.id)
     }
 
+    /// Gives a hold back that somebody still has: a deliberate bug.
+    #[cfg(feature = "sabotage-fence")]
+    pub(crate) fn give_back_early(&self) {
+        drop(Self { id: self.id, pool: self.pool.clone() });
+    }
+
     /// A hold for the prefix cache, which has none on this page yet.
     pub(super) fn clone_for_cache(&self) -> Self {
         let page = self.clone();
         self.pool.lock().cached[self.id.0 as usize] = true;
         page
+    }
+
+    /// Ends the prefix cache's hold, which this is.
+    pub(super) fn uncache(self) {
+        let mut state = self.pool.lock();
+        state.idle -= usize::from(state.is_idle(self.id));
+        state.cached[self.id.0 as usize] = false;
+        drop(state);
     }
 }
 

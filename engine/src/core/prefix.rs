@@ -78,8 +78,8 @@ impl PrefixCache {
     }
 
     /// Shares the full pages of `tokens`, whose KV the table holds, up to the first page that is
-    /// cached already as another one's. So whoever holds a node's page holds its ancestors' too, and
-    /// every page that only the cache holds can be given up.
+    /// cached already as another one's. So whoever holds a node's page mostly holds its ancestors'
+    /// too, and what only the cache holds can be given up leaf by leaf.
     pub fn insert(&mut self, tokens: &[TokenId], table: &PageTable) {
         self.clock += 1;
         let mut parent = ROOT;
@@ -97,19 +97,39 @@ impl PrefixCache {
 
     /// Gives up the least recently used page that nobody else holds. Returns whether there was one.
     pub fn evict_one(&mut self) -> bool {
-        let idle = |&&(_, id): &&(u64, NodeId)| self.nodes[&id].page.is_idle();
-        let Some(&(last_used, id)) = self.leaves.iter().find(idle) else { return false };
-        self.leaves.remove(&(last_used, id));
-        if let Some(node) = self.nodes.remove(&id) {
-            self.children.remove(&(node.parent, node.tokens));
-            if let Some(parent) = self.nodes.get_mut(&node.parent) {
-                parent.children -= 1;
-                if parent.children == 0 {
-                    self.leaves.insert((parent.last_used, node.parent));
-                }
+        let idle = |id: &NodeId| self.nodes[id].page.is_idle();
+        let leaf = self.leaves.iter().map(|&(_, id)| id).find(idle);
+        // Whoever follows a sequence that was preempted holds pages behind others than its own.
+        let inner = || {
+            let idle = self.nodes.iter().filter(|(id, _)| idle(id));
+            idle.min_by_key(|&(&id, node)| (node.last_used, id)).map(|(&id, _)| id)
+        };
+        let Some(id) = leaf.or_else(inner) else { return false };
+        self.forget(id);
+        true
+    }
+
+    /// Gives up a page and those behind it: without it they cannot be found.
+    fn forget(&mut self, id: NodeId) {
+        if let Some(above) = self.nodes.get(&id).map(|node| node.parent)
+            && let Some(parent) = self.nodes.get_mut(&above)
+        {
+            parent.children -= 1;
+            if parent.children == 0 {
+                self.leaves.insert((parent.last_used, above));
             }
         }
-        true
+        let mut lost = vec![id];
+        while let Some(id) = lost.pop() {
+            let Some(node) = self.nodes.remove(&id) else { continue };
+            self.leaves.remove(&(node.last_used, id));
+            if node.children > 0 {
+                let behind = self.children.iter().filter(|((parent, _), _)| *parent == id);
+                lost.extend(behind.map(|(_, &child)| child));
+            }
+            self.children.remove(&(node.parent, node.tokens));
+            node.page.uncache();
+        }
     }
 
     fn find(&self, parent: NodeId, tokens: &[TokenId]) -> Option<NodeId> {
@@ -216,6 +236,22 @@ mod tests {
         assert!(!cache.evict_one(), "the rest is held");
         drop(held);
         assert!(cache.evict_one() && cache.is_empty());
+        assert_eq!((pool.free(), pool.idle()), (8, 0));
+    }
+
+    #[test]
+    fn a_page_before_one_that_is_held_can_be_given_up() {
+        let pool = PagePool::new(8);
+        let mut cache = PrefixCache::new(1);
+        let mut table = table(&pool, 3);
+        cache.insert(&[1, 2, 3], &table);
+        let held = table.pages()[1].clone();
+        table.truncate(0);
+        assert_eq!((pool.free(), pool.idle()), (5, 2));
+        assert!(cache.evict_one() && cache.evict_one(), "every idle page can be given up");
+        assert!(!cache.evict_one() && cache.is_empty());
+        assert_eq!((pool.free(), pool.idle()), (7, 0));
+        drop(held);
         assert_eq!((pool.free(), pool.idle()), (8, 0));
     }
 

@@ -102,18 +102,27 @@ impl Gate {
     }
 }
 
-/// A token whose KV is in no slot.
-const NOTHING: TokenId = TokenId::MAX;
+/// What a slot holds that was never written.
+const EMPTY: u32 = 0;
+/// What a slot holds whose elements do not agree: no token's KV.
+const NOTHING: u32 = u32::MAX;
+
+/// What the slot of `token` holds behind a slot that holds `before`; [`EMPTY`]: behind nothing.
+fn extended(before: u32, token: TokenId) -> u32 {
+    let hash = mix(u64::from(before), u64::from(token) + 1);
+    ((hash >> 32) as u32).clamp(EMPTY + 1, NOTHING - 1)
+}
 
 /// See the [module](self).
 ///
-/// It remembers which token each slot of its pages was computed for and refuses a row whose page
-/// table says something else: KV that went astray is an error, not a different answer.
+/// It remembers which tokens each slot of its pages was computed for (a hash of the slot's token and
+/// all before it) and refuses a row whose page table says something else: KV that went astray is an
+/// error, not a different answer.
 #[derive(Clone, Debug)]
 pub struct FakeExecutor {
     options: FakeOptions,
-    /// `[page][slot]`, the token plus one; 0: never written.
-    slots: Vec<TokenId>,
+    /// `[page][slot]`, see [`extended`]; [`EMPTY`]: never written.
+    slots: Vec<u32>,
 }
 
 impl FakeExecutor {
@@ -124,7 +133,7 @@ impl FakeExecutor {
     #[must_use]
     pub fn new(options: FakeOptions) -> Self {
         let Limits { pages, page_size, .. } = options.limits;
-        Self { slots: vec![0; pages * page_size], options }
+        Self { slots: vec![EMPTY; pages * page_size], options }
     }
 
     /// The token that the fake says after `context`: a function of its last eight tokens.
@@ -214,10 +223,8 @@ impl Executor for FakeExecutor {
     fn read_page(&mut self, page: PageId, out: &mut Vec<u8>) -> Result<(), ExecutorError> {
         let layout = self.layout();
         out.clear();
-        let tokens = &self.slots[page.0 as usize * layout.page_size..][..layout.page_size];
-        for_each_element(&layout, |slot, mark| {
-            out.extend((tokens[slot] ^ mark).to_le_bytes());
-        });
+        let slots = &self.slots[page.0 as usize * layout.page_size..][..layout.page_size];
+        put_page(&layout, slots, out);
         Ok(())
     }
 
@@ -229,16 +236,20 @@ impl Executor for FakeExecutor {
             return Err(ExecutorError { message, fatal: false });
         }
         let tokens = &mut self.slots[page.0 as usize * layout.page_size..][..layout.page_size];
-        tokens.fill(0);
+        tokens.fill(EMPTY);
         let mut elements = data.as_chunks::<4>().0.iter();
         for_each_element(&layout, |slot, mark| {
             let element = elements.next().map_or(0, |bytes| u32::from_le_bytes(*bytes)) ^ mark;
             // Elements that do not agree are no token's.
-            let agrees = tokens[slot] == 0 || tokens[slot] == element;
+            let agrees = tokens[slot] == EMPTY || tokens[slot] == element;
             tokens[slot] = if agrees { element } else { NOTHING };
         });
         Ok(())
     }
+}
+
+fn put_page(layout: &KvLayout, slots: &[u32], out: &mut Vec<u8>) {
+    for_each_element(layout, |slot, mark| out.extend((slots[slot] ^ mark).to_le_bytes()));
 }
 
 /// Calls `f` with the slot and the mark of each element of a page, in their order. The mark tells
@@ -266,6 +277,18 @@ fn for_each_element(layout: &KvLayout, mut f: impl FnMut(usize, u32)) {
 }
 
 impl FakeExecutor {
+    /// The last page of a sequence that begins with `tokens`, which fill whole pages of `layout`.
+    #[must_use]
+    pub fn page(layout: &KvLayout, tokens: &[TokenId]) -> Vec<u8> {
+        let mut slots = Vec::with_capacity(tokens.len());
+        for &token in tokens {
+            slots.push(extended(slots.last().copied().unwrap_or(EMPTY), token));
+        }
+        let mut out = Vec::new();
+        put_page(layout, &slots[slots.len().saturating_sub(layout.page_size)..], &mut out);
+        out
+    }
+
     fn layout(&self) -> KvLayout {
         let FakeOptions { limits, tp, .. } = &self.options;
         KvLayout {
@@ -281,12 +304,13 @@ impl FakeExecutor {
     /// Checks the KV that a row builds on, and adds that of its new tokens.
     fn keep(&mut self, row: &Row<'_>) -> Result<(), String> {
         let page_size = self.options.limits.page_size;
+        let mut kept = EMPTY;
         for (index, page) in row.pages.iter().enumerate() {
             let start = index * page_size;
             let end = row.context.len().min(start + page_size);
             let slots = self.slots.get_mut(page.0 as usize * page_size..).unwrap_or_default();
             for (position, slot) in (start..end).zip(slots) {
-                let kept = row.context[position] + 1;
+                kept = extended(kept, row.context[position]);
                 if position >= row.start {
                     *slot = kept;
                 } else if *slot != kept {

@@ -158,7 +158,8 @@ impl Bench {
         let (from, to) = (engine()?, engine()?);
         let listener = TcpListener::bind("127.0.0.1:0").await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?.to_string();
-        let options = KvOptions { listener: Some(listener), address, ..KvOptions::default() };
+        let options =
+            KvOptions { listener: Some(listener.into()), address, ..KvOptions::default() };
         let (from_kv, to_kv) = (Kv::new(&from, options), Kv::new(&to, KvOptions::default()));
         Ok(Self { vocab_size: model.config().vocab_size, from, to, from_kv, to_kv })
     }

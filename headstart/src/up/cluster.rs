@@ -284,8 +284,11 @@ impl Starter<'_> {
         };
         let (text, shutdown) = (&loaded.text, self.shutdown.clone());
         let (kv_listener, kv_address) = loopback().await?;
-        let kv =
-            KvOptions { listener: Some(kv_listener), address: kv_address, ..KvOptions::default() };
+        let kv = KvOptions {
+            listener: Some(kv_listener.into()),
+            address: kv_address,
+            ..KvOptions::default()
+        };
         let membership = self.membership;
         let start = headstart_base_node::start_with(
             kv, options, engine, text, membership, listener, shutdown,

@@ -2,7 +2,7 @@
 //! fake executor, on one thread, in virtual time, over a simulated network.
 //!
 //! A [`plan`] is drawn from a seed: hosts, requests, faults. A [`run`] lets it happen in a [`world`]
-//! whose processes talk over [`net`] and register in [`store`]. An [`oracle`] knows the right
+//! whose processes talk over [`net`], whose [`wire`] is looked at, and register in [`store`]. An [`oracle`] knows the right
 //! answers, and [`invariants`] says what must hold. The same seed gives the same run, which a
 //! [`trace`] proves.
 
@@ -15,6 +15,7 @@ pub mod random;
 pub mod run;
 pub mod store;
 pub mod trace;
+pub mod wire;
 pub mod world;
 
 use std::path::Path;

@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use headstart_service::telemetry::LogFormat;
 use headstart_sim::client::End;
 use headstart_sim::invariants;
 use headstart_sim::run::{Run, run};
@@ -25,7 +26,8 @@ struct Args {
     /// Worlds at once; one a core unless said otherwise
     #[arg(long)]
     jobs: Option<usize>,
-    /// Run this seed only, and print everything that happens in it
+    /// Run this seed only, and print everything that happens in it; with `RUST_LOG` set, what the
+    /// processes log as well
     #[arg(long)]
     seed: Option<u64>,
     /// Go on after this many seeds that break something
@@ -43,6 +45,8 @@ struct Sums {
     faults: BTreeMap<&'static str, u64>,
     ends: BTreeMap<String, u64>,
     events: u64,
+    pages: u64,
+    drafts: u64,
     broken: Vec<(u64, &'static str, String)>,
 }
 
@@ -50,13 +54,18 @@ impl Sums {
     fn take(&mut self, run: &Run) {
         self.worlds += 1;
         self.events += run.digest.1;
-        for fault in &run.plan.faults {
+        self.pages += run.seen.pages;
+        self.drafts += run.seen.accepted.len() as u64;
+        for fault in &run.faults {
             *self.faults.entry(fault.kind.name()).or_default() += 1;
         }
         for outcome in &run.outcomes {
             let end = match &outcome.end {
                 End::Whole => "whole".to_owned(),
                 End::HungUp => "hung up".to_owned(),
+                End::Failed(code, message) if message.contains("is not passed on") => {
+                    format!("{code} (not passed on)")
+                }
                 End::Failed(code, _) => code.to_string(),
                 End::Broken(_) => "connection broken".to_owned(),
                 End::Vanished | End::Hung => "lost".to_owned(),
@@ -81,6 +90,7 @@ impl Sums {
         let list = |pairs: Vec<String>| pairs.join(", ");
         println!("faults: {}", list(self.faults.iter().map(|(k, v)| format!("{k} {v}")).collect()));
         println!("requests: {}", list(self.ends.iter().map(|(k, v)| format!("{k} {v}")).collect()));
+        println!("on the wire: {} drafts taken, {} KV pages sent", self.drafts, self.pages);
         if self.broken.is_empty() {
             println!("every invariant held");
             return;
@@ -100,9 +110,12 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let text = headstart_sim::fixture();
     if let Some(seed) = args.seed {
+        if std::env::var_os("RUST_LOG").is_some() {
+            headstart_service::telemetry::init(LogFormat::Text);
+        }
         let run = run(seed, &text, true);
         run.lines.iter().for_each(|line| println!("{line}"));
-        println!("{:#?}", run.plan.faults);
+        println!("{:#?}\n{:#?}", run.plan.bases, run.faults);
         println!("hash {:016x} of {} events", run.digest.0, run.digest.1);
         let mut sums = Sums::default();
         sums.take(&run);

@@ -26,9 +26,16 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::random::Random;
 use crate::trace::Trace;
+use crate::wire::{Calls, News, Tap, Wire};
 
+/// Where nodes listen, and where bases give KV away.
+pub const NODE_PORT: u16 = 7000;
+/// See [`NODE_PORT`].
+pub const KV_PORT: u16 = 7100;
 /// Bytes on their way in one direction of a connection at most: a socket's two buffers.
 const WINDOW_BYTES: usize = 256 << 10;
+/// The same of KV: pages here are small, and a receiver that is behind is to be felt.
+const KV_WINDOW_BYTES: usize = 1 << 10;
 /// Connections that wait to be accepted at most.
 const BACKLOG: usize = 128;
 
@@ -44,11 +51,14 @@ struct State {
     /// Dials from one host to another so far.
     dials: BTreeMap<(HostId, HostId), u64>,
     trace: Trace,
+    wire: Wire,
     /// By name; the index is the id.
     names: Vec<String>,
     hosts: Vec<Host>,
     cuts: BTreeSet<(HostId, HostId)>,
     slow: BTreeMap<(HostId, HostId), Duration>,
+    /// Pieces of KV whose bits flip, in a thousand.
+    corrupt: BTreeMap<(HostId, HostId), u64>,
     pipes: BTreeMap<u64, Pipe>,
     /// Dials that wait for the network to change.
     waiting: Vec<Waker>,
@@ -67,6 +77,9 @@ struct Host {
 struct Pipe {
     from: HostId,
     to: HostId,
+    /// It carries KV.
+    kv: bool,
+    tap: Option<Tap>,
     queue: VecDeque<(Instant, Bytes)>,
     bytes: usize,
     /// Its own, so that what happens elsewhere at the same instant does not matter.
@@ -95,16 +108,18 @@ impl fmt::Debug for Net {
 impl Net {
     /// A network of hosts that are all up.
     #[must_use]
-    pub fn new(names: Vec<String>, mut random: Random, trace: Trace) -> Self {
+    pub fn new(names: Vec<String>, mut random: Random, trace: Trace, wire: Wire) -> Self {
         let hosts = names.iter().map(|_| Host { up: true, ..Host::default() }).collect();
         Self(Arc::new(Mutex::new(State {
             seed: random.bits(),
             dials: BTreeMap::new(),
             trace,
+            wire,
             names,
             hosts,
             cuts: BTreeSet::new(),
             slow: BTreeMap::new(),
+            corrupt: BTreeMap::new(),
             pipes: BTreeMap::new(),
             waiting: Vec::new(),
             next_pipe: 0,
@@ -150,6 +165,14 @@ impl Net {
         });
     }
 
+    /// Flips a bit of so many of a thousand pieces of KV between two hosts.
+    pub fn corrupt(&self, from: HostId, to: HostId, permille: u64) {
+        self.change(|state| {
+            state.corrupt.insert((from, to), permille);
+            state.corrupt.insert((to, from), permille);
+        });
+    }
+
     /// Holds a host or lets it go: nothing arrives there and nothing leaves it.
     pub fn hold(&self, host: HostId, held: bool) {
         self.change(|state| state.hosts[host].held = held);
@@ -160,6 +183,7 @@ impl Net {
         self.change(|state| {
             state.cuts.clear();
             state.slow.clear();
+            state.corrupt.clear();
             state.hosts.iter_mut().for_each(|host| host.held = false);
         });
     }
@@ -259,24 +283,47 @@ impl State {
         let place = listener.try_reserve().map_err(|_| refused())?;
         let (there, back) = (self.next_pipe, self.next_pipe + 1);
         self.next_pipe += 2;
-        self.pipes.insert(there, Pipe::new(from, to, random.fork()));
-        self.pipes.insert(back, Pipe::new(to, from, random));
+        let kv = port == KV_PORT;
+        let taps = self.taps(from, to, port);
+        self.pipes.insert(there, Pipe { kv, tap: taps.0, ..Pipe::new(from, to, random.fork()) });
+        self.pipes.insert(back, Pipe { kv, tap: taps.1, ..Pipe::new(to, from, random) });
+        if kv {
+            self.wire.tell(News::Transfer { sender: to, receiver: from });
+        }
         place.send(Ok(Box::new(Stream::new(net, there, back))));
         let numbers = [1, from as u64, to as u64];
         self.trace.add(&numbers, format_args!("{} dials {}", self.names[from], self.names[to]));
         Ok(Box::new(Stream::new(net, back, there)))
     }
 
+    /// What looks at both directions of a connection.
+    fn taps(&self, from: HostId, to: HostId, port: u16) -> (Option<Tap>, Option<Tap>) {
+        let (dials, accepts) = (&self.names[from], &self.names[to]);
+        if port == KV_PORT {
+            let names = format!("{accepts} -> {dials}");
+            let (buffer, format, tokens) = (Vec::new(), None, Vec::new());
+            return (None, Some(Tap::Pages { buffer, format, tokens, names }));
+        }
+        if port == NODE_PORT && dials.starts_with("drafter-") {
+            let (drafter, base) = (from, to);
+            let calls = Calls::default;
+            let replies = Tap::Replies { calls: calls(), drafter, base };
+            return (Some(Tap::Drafts { calls: calls(), drafter, base }), Some(replies));
+        }
+        (None, None)
+    }
+
     /// Writes `bytes` into a pipe.
     fn write(&mut self, id: u64, bytes: &[u8], cx: &Context<'_>) -> Poll<io::Result<usize>> {
-        let State { slow, pipes, .. } = self;
+        let State { slow, corrupt, wire, pipes, .. } = self;
         let Some(pipe) = pipes.get_mut(&id) else {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         };
         if pipe.writer_dead || (pipe.reader_gone && !pipe.reader_dead) || pipe.ended.is_some() {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        let room = WINDOW_BYTES.saturating_sub(pipe.bytes).min(bytes.len());
+        let window = if pipe.kv { KV_WINDOW_BYTES } else { WINDOW_BYTES };
+        let room = window.saturating_sub(pipe.bytes).min(bytes.len());
         if room == 0 {
             pipe.writer = Some(cx.waker().clone());
             return Poll::Pending;
@@ -285,7 +332,16 @@ impl State {
         let arrives = pipe.last.max(Instant::now() + after);
         pipe.last = arrives;
         pipe.bytes += room;
-        pipe.queue.push_back((arrives, Bytes::copy_from_slice(&bytes[..room])));
+        if let Some(tap) = &mut pipe.tap {
+            tap.see(&bytes[..room], wire);
+        }
+        let mut piece = bytes[..room].to_vec();
+        let flips = corrupt.get(&(pipe.from, pipe.to)).filter(|_| pipe.kv);
+        if flips.is_some_and(|permille| pipe.random.within(0..1000) < *permille) {
+            let byte = pipe.random.index(room);
+            piece[byte] ^= 1 << pipe.random.index(8);
+        }
+        pipe.queue.push_back((arrives, Bytes::from(piece)));
         if let Some(reader) = pipe.reader.take() {
             reader.wake();
         }
@@ -385,6 +441,8 @@ impl Pipe {
         Self {
             from,
             to,
+            kv: false,
+            tap: None,
             queue: VecDeque::new(),
             bytes: 0,
             random,

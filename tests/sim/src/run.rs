@@ -3,19 +3,22 @@
 use std::time::Duration;
 
 use headstart_text::ModelText;
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use crate::client::{Outcome, ask};
 use crate::oracle::Answer;
-use crate::plan::{Fault, FaultKind, Plan};
+use crate::plan::{Aim, Fault, FaultKind, Plan, SAFETY, SUPERSEDED_WITHIN};
 use crate::trace::Trace;
+use crate::wire::{Handoff, News, Seen};
 use crate::world::{LEASE_TTL, World};
 
 /// How long the cluster may take to come up, and to be whole again once nothing is wrong.
 const WHOLE_WITHIN: Duration = Duration::from_secs(60);
 /// After that, how long the last broken connection may go unnoticed.
-const SETTLE: Duration = Duration::from_secs(25);
+const SETTLE: Duration = Duration::from_secs(11);
 /// Between two requests of the healing phase.
 const PAUSE: Duration = Duration::from_millis(300);
 /// How long everything may take to be given back once nothing is asked any more.
@@ -34,6 +37,10 @@ pub struct Run {
     pub outcomes: Vec<Outcome>,
     /// For each of them, its right answers.
     pub right: Vec<Vec<Answer>>,
+    /// The faults as they happened: aimed at somebody, and until what they hit was up again.
+    pub faults: Vec<Fault>,
+    /// What was seen on the wire.
+    pub seen: Seen,
     /// The cluster was whole before the faults, and again after them.
     pub whole: (bool, bool),
     /// What was not given back.
@@ -89,7 +96,8 @@ async fn live(seed: u64, plan: Plan, text: ModelText, verbose: bool) -> Run {
         });
     }
     let mut outcomes = asks.join_all().await;
-    faults.join_all().await;
+    let mut faults: Vec<Fault> = faults.join_all().await.into_iter().flatten().collect();
+    faults.sort_by_key(|fault| fault.at);
 
     let healed_at = start.elapsed();
     let whole_after = heal(&world).await;
@@ -111,6 +119,8 @@ async fn live(seed: u64, plan: Plan, text: ModelText, verbose: bool) -> Run {
         plan,
         outcomes,
         right,
+        faults,
+        seen: world.wire.seen(),
         whole: (whole_before, whole_after),
         leaks,
         healed_at,
@@ -132,19 +142,93 @@ async fn request(
     ask(spec, &address, &dialer, (start, &world.trace, index), healed).await
 }
 
-/// Lets a fault happen, and ends it.
-async fn fail(world: World, fault: Fault, start: Instant) {
+/// Lets a fault happen, and ends it. What became of it; `None`: what it was aimed at never came.
+async fn fail(world: World, mut fault: Fault, start: Instant) -> Option<Fault> {
+    // What it waits for may come at once.
+    let mut news = world.wire.news();
     sleep_until(start + fault.at).await;
+    let mut superseded = None;
+    if let Some(aim) = fault.aim {
+        let (kind, handoff) = aimed(&fault, aim, &mut news, start + SAFETY).await?;
+        fault.kind = kind;
+        superseded = handoff;
+    }
+    fault.at = start.elapsed();
     world.trace.add(&[20], format_args!("begins: {fault:?}"));
-    match fault.kind {
+    match superseded {
+        Some(handoff) => {
+            happen(&world, &fault.kind, supersedes(&mut news, &handoff, fault.lasts)).await
+        }
+        None => happen(&world, &fault.kind, sleep(fault.lasts)).await,
+    }
+    fault.lasts = start.elapsed() - fault.at;
+    world.trace.add(&[21], format_args!("ends: {:?}", fault.kind));
+    Some(fault)
+}
+
+/// Waits for what a fault is aimed at: whom it hits then, and the handoff that it holds up.
+async fn aimed(
+    fault: &Fault,
+    aim: Aim,
+    news: &mut Receiver<News>,
+    deadline: Instant,
+) -> Option<(FaultKind, Option<Handoff>)> {
+    // What came before is over.
+    *news = news.resubscribe();
+    let aimed = async {
+        loop {
+            match (aim, news.recv().await) {
+                (
+                    Aim::Transfer { after, receiver },
+                    Ok(News::Transfer { sender, receiver: to }),
+                ) => {
+                    sleep(after).await;
+                    let host = if receiver { to } else { sender };
+                    return Some((fault.kind.clone().of(host, (sender, to)), None));
+                }
+                (Aim::Handoff, Ok(News::Opened(handoff))) => {
+                    let Handoff { drafter, base, .. } = handoff;
+                    let kind = fault.kind.clone().of(drafter, (drafter, base));
+                    return Some((kind, Some(handoff)));
+                }
+                (_, Err(RecvError::Closed)) => return None,
+                _ => {}
+            }
+        }
+    };
+    timeout_at(deadline, aimed).await.ok().flatten()
+}
+
+/// Waits until another draft has taken the place of this one, and then for `after`.
+async fn supersedes(news: &mut Receiver<News>, old: &Handoff, after: Duration) {
+    let superseded = async {
+        loop {
+            match news.recv().await {
+                Ok(News::Accepted(new))
+                    if new.request_id == old.request_id && new.epoch > old.epoch =>
+                {
+                    return sleep(after).await;
+                }
+                Err(RecvError::Closed) => return,
+                _ => {}
+            }
+        }
+    };
+    let _ = timeout(SUPERSEDED_WITHIN, superseded).await;
+}
+
+/// Lets something go wrong until `over`, and until what was hit is up again.
+async fn happen(world: &World, kind: &FaultKind, over: impl Future<Output = ()>) {
+    match *kind {
         FaultKind::Crash { host, silent } => {
             world.crash(host, silent);
-            sleep(fault.lasts).await;
+            over.await;
             world.restart(host);
+            until(WHOLE_WITHIN, || world.is_up(host)).await;
         }
         FaultKind::Hold { host } => {
             world.hold(host, true);
-            expire(&world, host, fault.lasts).await;
+            expire(world, host, over).await;
             world.hold(host, false);
             sleep(POLL).await;
             world.store.expire(world.name(host), false);
@@ -152,51 +236,53 @@ async fn fail(world: World, fault: Fault, start: Instant) {
         FaultKind::Partition { from, to, both } => {
             world.net.cut(from, to, true);
             world.net.cut(to, from, both);
-            sleep(fault.lasts).await;
+            over.await;
             world.net.cut(from, to, false);
             world.net.cut(to, from, false);
         }
         FaultKind::Slow { from, to, latency } => {
             world.net.slow(from, to, latency);
             world.net.slow(to, from, latency);
-            sleep(fault.lasts).await;
+            over.await;
             world.net.slow(from, to, Duration::ZERO);
             world.net.slow(to, from, Duration::ZERO);
         }
+        FaultKind::Corrupt { from, to, permille } => {
+            world.net.corrupt(from, to, permille);
+            over.await;
+            world.net.corrupt(from, to, 0);
+        }
         FaultKind::Drain { host } => {
             world.drain(host);
-            sleep(fault.lasts).await;
+            over.await;
             world.restart(host);
+            until(WHOLE_WITHIN, || world.is_up(host)).await;
         }
         FaultKind::StoreAway => {
             world.store.away(true);
-            sleep(fault.lasts).await;
+            over.await;
             world.store.away(false);
         }
         FaultKind::StoreCut { host } => {
             world.store.cut(world.name(host), true);
-            expire(&world, host, fault.lasts).await;
+            expire(world, host, over).await;
             world.store.cut(world.name(host), false);
             world.store.expire(world.name(host), false);
         }
         FaultKind::StoreLate { late } => {
             world.store.late(late);
-            sleep(fault.lasts).await;
+            over.await;
             world.store.late(Duration::ZERO);
         }
     }
-    world.trace.add(&[21], format_args!("ends: {:?}", fault.kind));
 }
 
-/// Waits; a record that is not kept alive expires meanwhile.
-async fn expire(world: &World, host: usize, lasts: Duration) {
-    if lasts > LEASE_TTL {
-        sleep(LEASE_TTL).await;
+/// Waits until `over`; a record that is not kept alive expires meanwhile.
+async fn expire(world: &World, host: usize, over: impl Future<Output = ()>) {
+    let mut over = std::pin::pin!(over);
+    if timeout(LEASE_TTL, &mut over).await.is_err() {
         world.store.expire(world.name(host), true);
-    }
-    sleep(lasts.saturating_sub(LEASE_TTL)).await;
-    if lasts <= LEASE_TTL {
-        sleep(lasts).await;
+        over.await;
     }
 }
 
@@ -218,20 +304,8 @@ async fn heal(world: &World) -> bool {
 
 /// Waits until everything is given back; what is not.
 async fn silence(world: &World) -> Vec<String> {
-    let held = || {
-        let engines = world.engines().into_iter().flat_map(|(name, stats)| {
-            let slots =
-                (stats.slots_used > 0).then(|| format!("{name}: {} slots", stats.slots_used));
-            let pages = (stats.kv_tokens_used > 0)
-                .then(|| format!("{name}: {} KV tokens", stats.kv_tokens_used));
-            slots.into_iter().chain(pages).collect::<Vec<_>>()
-        });
-        let places = world.answers().into_iter().filter(|(_, count)| *count > 0);
-        let places = places.map(|(name, count)| format!("{name}: {count} places"));
-        engines.chain(places).collect::<Vec<_>>()
-    };
-    until(QUIET_WITHIN, || held().is_empty()).await;
-    held()
+    until(QUIET_WITHIN, || world.held().is_empty()).await;
+    world.held()
 }
 
 /// Once everything has stopped, waits until no task and no connection is left; what is.

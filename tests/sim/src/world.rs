@@ -4,11 +4,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt;
+use futures::future::BoxFuture;
+use headstart_base_node::{Holdings, KvOptions};
 use headstart_engine::executor::fake::{FakeExecutor, FakeOptions};
-use headstart_engine::{EngineHandle, EngineOptions, EngineStats, Limits};
+use headstart_engine::{EngineHandle, EngineOptions, Limits};
+use headstart_handoff::{KvStream, KvTransport, Times};
 use headstart_proto::NodeId;
 use headstart_router::{Encoding, RouterOptions, RunningRouter};
-use headstart_service::net::Listener;
+use headstart_service::net::{Dialer, Listener};
 use headstart_service::node::{Lifetimes, RunningNode};
 use headstart_text::ModelText;
 use tokio::sync::watch;
@@ -16,15 +19,15 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::net::{HostId, Net};
+use crate::net::{HostId, KV_PORT, NODE_PORT, Net};
 use crate::oracle::Oracle;
-use crate::plan::Plan;
+use crate::plan::{Base, Kind, Plan};
 use crate::random::Random;
 use crate::store::Store;
 use crate::trace::Trace;
+use crate::wire::Wire;
 
-/// The nodes' port, and the routers' for clients.
-const NODE_PORT: u16 = 7000;
+/// The routers' port for clients.
 const ROUTER_PORT: u16 = 50_051;
 /// How soon a process that could not start is started again.
 const START_RETRY: Duration = Duration::from_millis(250);
@@ -34,17 +37,6 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 pub const LEASE_TTL: Duration = Duration::from_secs(3);
 /// How long live work may take to end when a process is asked to stop.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// What a host is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// A router.
-    Router,
-    /// A drafter.
-    Drafter,
-    /// A base.
-    Base,
-}
 
 /// The cluster. Clones share it.
 #[derive(Clone)]
@@ -57,6 +49,8 @@ pub struct World {
     pub store: Store,
     /// What happens in it.
     pub trace: Trace,
+    /// What its protocols say.
+    pub wire: Wire,
     names: Arc<Vec<String>>,
     text: ModelText,
     machines: Arc<Mutex<Vec<Machine>>>,
@@ -76,9 +70,26 @@ enum Process {
     Node {
         node: RunningNode,
         engine: EngineHandle,
+        /// What a base holds beside its engine's.
+        holdings: Option<Holdings>,
         _runner: AbortOnDropHandle<()>,
         shutdown: CancellationToken,
     },
+}
+
+/// KV over the simulated network.
+struct KvDialer(Dialer);
+
+impl KvTransport for KvDialer {
+    fn connect<'a>(
+        &'a self,
+        address: &'a str,
+    ) -> BoxFuture<'a, std::io::Result<Box<dyn KvStream>>> {
+        Box::pin(async {
+            let stream = self.0.dial(address).await?;
+            Ok(Box::new(stream) as Box<dyn KvStream>)
+        })
+    }
 }
 
 impl World {
@@ -94,9 +105,10 @@ impl World {
             random: random.fork(),
         });
         let machines = Arc::new(Mutex::new(machines.collect()));
-        let net = Net::new(names.clone(), random, trace.clone());
+        let wire = Wire::default();
+        let net = Net::new(names.clone(), random, trace.clone(), wire.clone());
         let (plan, names) = (Arc::new(plan), Arc::new(names));
-        Self { plan, net, store: Store::default(), trace, names, text, machines }
+        Self { plan, net, store: Store::default(), trace, wire, names, text, machines }
     }
 
     fn machines(&self) -> MutexGuard<'_, Vec<Machine>> {
@@ -124,12 +136,7 @@ impl World {
     /// What a host is.
     #[must_use]
     pub fn kind(&self, host: HostId) -> Kind {
-        let Plan { routers, drafters, .. } = *self.plan;
-        match host {
-            _ if host < routers => Kind::Router,
-            _ if host < routers + drafters => Kind::Drafter,
-            _ => Kind::Base,
-        }
+        self.plan.kind(host)
     }
 
     /// Where clients reach a router.
@@ -142,8 +149,8 @@ impl World {
     #[must_use]
     pub fn oracle(&self) -> Oracle {
         Oracle {
-            drafter: self.executor(Kind::Drafter),
-            base: self.executor(Kind::Base),
+            drafter: self.executor(Kind::Drafter, None),
+            base: self.executor(Kind::Base, None),
             text: self.text.clone(),
             as_text: self.plan.as_text,
         }
@@ -205,8 +212,9 @@ impl World {
             ..EngineOptions::default()
         };
         let pace = self.pace(host, tier);
+        let base = self.base(host);
         let (engine, runner) =
-            EngineHandle::start_paced(Box::new(self.executor(tier)), engine, pace);
+            EngineHandle::start_paced(Box::new(self.executor(tier, base)), engine, pace);
         let runner = AbortOnDropHandle::new(tokio::spawn(runner));
         let name = &self.names[host];
         let options = headstart_base_node::BaseOptions {
@@ -214,7 +222,7 @@ impl World {
             address: format!("{name}:{NODE_PORT}"),
             model: if tier == Kind::Base { "big".into() } else { "small".into() },
             dtype: "f32".into(),
-            handoff_timeout: Duration::from_secs(4),
+            handoff_timeout: self.plan.handoff_timeout,
             lifetimes: Lifetimes {
                 lease_ttl: LEASE_TTL,
                 drain_timeout: DRAIN_TIMEOUT,
@@ -227,13 +235,41 @@ impl World {
         let membership = self.store.of(name);
         let (text, stop) = (&self.text, shutdown.clone());
         let handle = engine.clone();
-        let node = if tier == Kind::Base {
-            headstart_base_node::start(options, handle, text, &membership, listener, stop).await
-        } else {
-            headstart_drafter_node::start(options, handle, text, &membership, listener, stop).await
+        let started = match base {
+            Some(base) => {
+                let kv = KvOptions {
+                    role: base.role,
+                    listener: Some(self.net.listen(host, KV_PORT)),
+                    address: format!("{name}:{KV_PORT}"),
+                    transport: Arc::new(KvDialer(self.net.dialer(host))),
+                    times: Times { lease: self.plan.kv_lease, ..Times::default() },
+                };
+                headstart_base_node::start_watched(
+                    kv,
+                    options,
+                    handle,
+                    text,
+                    &membership,
+                    listener,
+                    stop,
+                )
+                .await
+                .map(|(node, holdings)| (node, Some(holdings)))
+            }
+            None => {
+                headstart_drafter_node::start(options, handle, text, &membership, listener, stop)
+                    .await
+                    .map(|node| (node, None))
+            }
         };
-        let node = node.map_err(|error| error.to_string())?;
-        Ok(Process::Node { node, engine, _runner: runner, shutdown })
+        let (node, holdings) = started.map_err(|error| error.to_string())?;
+        Ok(Process::Node { node, engine, holdings, _runner: runner, shutdown })
+    }
+
+    /// What a host is as a base.
+    fn base(&self, host: HostId) -> Option<Base> {
+        let Plan { routers, drafters, bases, .. } = &*self.plan;
+        host.checked_sub(routers + drafters).and_then(|index| bases.get(index).copied())
     }
 
     /// How long the steps of a host's engine take; none begins or ends while the host is held.
@@ -259,16 +295,19 @@ impl World {
         }
     }
 
-    fn executor(&self, tier: Kind) -> FakeExecutor {
+    fn executor(&self, tier: Kind, base: Option<Base>) -> FakeExecutor {
+        let (page_size, tp) = base.map_or((8, 1), |base| (base.page_size, base.tp));
         let vocab_size = self.text.tokenizer().vocab_size();
         let salt = self.plan.salt ^ u64::from(tier == Kind::Base);
         FakeExecutor::new(FakeOptions {
             limits: Limits {
                 vocab_size,
                 context_length: 1024,
-                page_size: 8,
-                pages: self.plan.pages,
+                page_size,
+                // Everybody has room for the same number of tokens.
+                pages: self.plan.pages * 8 / page_size,
             },
+            tp,
             agreement_percent: self.plan.agreement_percent,
             salt: salt % 1_000_003,
             stop_token: (self.text.stop_tokens().first().copied().unwrap_or(2), 40),
@@ -334,30 +373,30 @@ impl World {
             })
     }
 
-    /// What each engine does.
+    /// What hosts hold for requests, each thing with its host.
     #[must_use]
-    pub fn engines(&self) -> Vec<(String, EngineStats)> {
+    pub fn held(&self) -> Vec<String> {
         let machines = self.machines();
-        let stats = machines.iter().zip(self.names.iter()).filter_map(|(machine, name)| {
-            match &machine.process {
-                Some(Process::Node { engine, .. }) => Some((name.clone(), engine.stats())),
-                _ => None,
-            }
-        });
-        stats.collect()
-    }
-
-    /// Answers that the routers have places taken for.
-    #[must_use]
-    pub fn answers(&self) -> Vec<(String, usize)> {
-        let machines = self.machines();
-        let answers = machines.iter().zip(self.names.iter()).filter_map(|(machine, name)| {
-            match &machine.process {
-                Some(Process::Router(router, _)) => Some((name.clone(), router.in_flight())),
-                _ => None,
-            }
-        });
-        answers.collect()
+        let mut held = Vec::new();
+        for (machine, name) in machines.iter().zip(self.names.iter()) {
+            let counts = match &machine.process {
+                Some(Process::Router(router, _)) => {
+                    vec![("requests", router.in_flight()), ("places on nodes", router.places())]
+                }
+                Some(Process::Node { node, engine, holdings, .. }) => {
+                    let stats = engine.stats();
+                    let mut counts = holdings.as_ref().map_or(Vec::new(), Holdings::counts);
+                    counts.push(("slots", stats.slots_used));
+                    counts.push(("KV tokens", stats.kv_tokens_used));
+                    counts.push(("sessions", node.sessions()));
+                    counts
+                }
+                None => Vec::new(),
+            };
+            let some = counts.into_iter().filter(|(_, count)| *count > 0);
+            held.extend(some.map(|(what, count)| format!("{name}: {count} {what}")));
+        }
+        held
     }
 
     /// Asks everything to drain, waits until it has, and forgets it.

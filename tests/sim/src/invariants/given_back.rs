@@ -1,5 +1,6 @@
-//! Once nothing is asked any more, everything is given back: slots, pages and places; and once
-//! everything has stopped, no task and no connection is left.
+//! Once nothing is asked any more, everything is given back: slots, pages, sessions, places at the
+//! rendezvous and on nodes, KV leases with their readers, pulls, requests; and once everything has
+//! stopped, no task and no connection is left.
 
 use crate::run::Run;
 
