@@ -59,7 +59,9 @@ fn room_is_what_live_nodes_have_together() {
 fn bases_with_roles_hold_as_many_answers_as_there_are_pairs() {
     use headstart_cluster::BaseRole::{Decode, Score, Unified};
     // Slots are 4 a node and KV tokens 1000, and 100 where a node is small.
-    let cases: [(&[(BaseRole, bool)], u32, u64); 9] = [
+    /// Bases, whether each is small, and what slots and tokens their tier then has.
+    type Case = (&'static [(BaseRole, bool)], u32, u64);
+    let cases: [Case; 9] = [
         (&[(Unified, false), (Unified, false)], 8, 2000),
         (&[(Score, false), (Decode, false)], 4, 1000),
         (&[(Score, false), (Decode, false), (Decode, false)], 4, 1000),
