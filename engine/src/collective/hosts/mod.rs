@@ -1,6 +1,6 @@
 //! Ranks in several processes, on one machine or many.
 //!
-//! Process 0 leads: the others join it ([`join`]), it tells them what to run, and they send it what
+//! Process 0 leads: the others join it ([`mod@join`]), it tells them what to run, and they send it what
 //! it sums ([`group`]). Each follower has two connections to the leader. One carries the work, in
 //! strict order ([`link`]). The other is a pulse ([`watch`]): a process that dies or stalls is found
 //! by its silence there, however long a step takes, and then the work's connections are closed, so
