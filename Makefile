@@ -24,13 +24,11 @@ test-full: setup-test ## What `make test` leaves out: the golden files of SmolLM
 	$(CARGO) test --release --locked --workspace --test golden --test golden_full -- --ignored
 
 overload: setup-test ## Measure goodput, refusals and memory at four times the capacity
-	OVERLOAD_SECONDS=$${OVERLOAD_SECONDS:-10} $(CARGO) test --release --locked -p headstart-tests --test overload -- --ignored --nocapture
+	OVERLOAD_SECONDS=$${OVERLOAD_SECONDS:-10} $(CARGO) test --release --locked --workspace --test overload -- --ignored --nocapture
 
 SEEDS ?= 1000
-SIM = $(CARGO) run --release --locked -q -p headstart-sim --
-
-sim: setup ## Simulate SEEDS=n whole clusters with faults and check what must hold in them
-	@$(SIM) --seeds $(SEEDS)
+sim: build ## Simulate SEEDS=n whole clusters with faults and check what must hold in them
+	@target/release/headstart-sim --seeds $(SEEDS)
 
 sim-sabotage: setup ## Build three deliberate bugs in, one after the other, and show the seed that catches each
 	@for bug in window epoch fence; do echo "sabotage-$$bug:"; \
