@@ -404,7 +404,7 @@ async fn a_session_without_a_drafter_does_not_wait_for_ever() {
     assert_eq!(next_tokens(&mut answer, 2).await, [20, 21]);
     drop(drafter);
     let error = hear_from(&mut answer, 2, 2).await.expect_err("no answer");
-    assert_eq!(error.code, ErrorCode::DeadlineExceeded);
+    assert_eq!(error.code, ErrorCode::NoDrafter);
 }
 
 #[tokio::test]
