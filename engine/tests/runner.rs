@@ -136,14 +136,14 @@ impl Executor for Failing {
 async fn a_failed_step_is_told_and_a_fatal_one_stops_the_engine() {
     let executor = Failing(FakeExecutor::new(FakeOptions::default()));
     let engine = EngineHandle::start(Box::new(executor), EngineOptions::default());
-    let failed = Event::Failed { message: "broken".into(), fatal: true };
+    let failed = |fatal| Event::Failed { message: "broken".into(), fatal };
     let mut one = engine.submit(Request { prompt: vec![13], ..request(4) }).expect("a slot");
-    assert_eq!(one.next().await, Some(failed.clone()));
+    assert_eq!(one.next().await, Some(failed(false)));
     assert_eq!(one.next().await, None);
     let mut fine = engine.submit(request(1)).expect("the engine goes on");
     assert!(matches!(fine.next().await, Some(Event::Wrote { .. })));
     let mut two = engine.submit(Request { prompt: vec![14], ..request(4) }).expect("a slot");
-    assert_eq!(two.next().await, Some(failed));
+    assert_eq!(two.next().await, Some(failed(true)));
     until("the engine has stopped", || engine.is_stopped()).await;
     assert_eq!(engine.submit(request(1)).err(), Some(SubmitError::Stopped));
     assert_eq!(engine.stats().slots_used, 0);
