@@ -142,7 +142,13 @@ fn environment() -> Environment<'static> {
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
     });
-    environment.add_function("strftime_now", |format: String| strftime(&format, SystemTime::now()));
+    environment.add_function("strftime_now", |format: String| {
+        if format.len() > DATE_FORMAT_BYTES_MAX {
+            let message = format!("strftime_now: expected at most {DATE_FORMAT_BYTES_MAX} bytes");
+            return Err(Error::new(ErrorKind::InvalidOperation, message));
+        }
+        Ok(strftime(&format, SystemTime::now()))
+    });
     environment.add_filter("tojson", to_json);
     environment
 }
@@ -279,6 +285,9 @@ const MONTHS: [&str; 12] = [
 ];
 const WEEKDAYS: [&str; 7] =
     ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+
+/// Longest format of a date: no date is written with more, and each byte may become several.
+const DATE_FORMAT_BYTES_MAX: usize = 1024;
 
 /// Python's `strftime`, in UTC, for the directives that dates in prompts are written with; any other is
 /// left as it is.
