@@ -1,5 +1,6 @@
 //! What runs a model: one narrow trait, with a real and a fake implementation beside it.
 
+mod check;
 pub mod cpu;
 pub mod cuda;
 pub mod device;

@@ -1,6 +1,7 @@
 //! What the tokens of a step are and where their keys and values lie, checked, on the device.
 
-use super::device::{Buffer, CudaError, Device};
+use super::device::{CudaError, Device};
+use super::memory::Buffer;
 
 /// New tokens of one sequence, neighbours in the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,7 +5,8 @@ use std::ptr;
 
 use cudarc::cublaslt::sys;
 
-use super::device::{Buffer, CudaError, Device};
+use super::device::{CudaError, Device};
+use super::memory::Buffer;
 
 /// Scratch memory of the products, in bytes: what NVIDIA recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;

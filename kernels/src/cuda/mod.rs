@@ -12,7 +12,10 @@ mod batch;
 mod blas;
 pub mod compile;
 mod device;
+mod graph;
+mod launch;
 pub mod library;
+mod memory;
 mod ops;
 #[cfg(test)]
 mod tests;
@@ -20,7 +23,9 @@ mod vocab;
 mod weights;
 
 pub use batch::{Batch, Sequence, Staged};
-pub use device::{Buffer, CudaError, Device, Element, Graph, Timer};
+pub use device::{CudaError, Device};
+pub use graph::{Graph, Timer};
+pub use memory::{Buffer, Element};
 pub use ops::{Activations, Attention, Gate, KvCache, KvDims, Precision, Rope, Rows, SPLIT};
 pub use vocab::{SampleArgs, TokenFound};
 pub use weights::{Tile, Weights};

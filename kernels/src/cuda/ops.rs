@@ -1,7 +1,8 @@
 //! Steps over activations: norms, rotation, attention, gates.
 
 use super::batch::Staged;
-use super::device::{Buffer, CudaError, Device};
+use super::device::{CudaError, Device};
+use super::memory::Buffer;
 
 /// Positions whose keys one block of decode attention reduces; `SPLIT` of attention.cu.
 pub const SPLIT: usize = 128;
@@ -77,7 +78,7 @@ impl Activations {
     }
 }
 
-impl super::device::Launch<'_> {
+impl super::launch::Launch<'_> {
     /// A pointer to activations, from an element on.
     fn activations(self, x: &Activations, at: usize) -> Self {
         match x {

@@ -1,7 +1,8 @@
 //! What is asked of logits on the device.
 
 use super::batch::Staged;
-use super::device::{Buffer, CudaError, Device};
+use super::device::{CudaError, Device};
+use super::memory::Buffer;
 
 /// Logits that one block reduces; `VOCAB_CHUNK` of vocab.cu.
 const CHUNK: usize = 4096;

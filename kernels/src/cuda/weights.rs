@@ -2,7 +2,8 @@
 
 use super::batch::Staged;
 use super::blas::Shape;
-use super::device::{Buffer, CudaError, Device};
+use super::device::{CudaError, Device};
+use super::memory::Buffer;
 use super::ops::Activations;
 use crate::DType;
 

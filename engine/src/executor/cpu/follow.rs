@@ -80,7 +80,7 @@ fn serve(ranks: &mut [CpuExecutor], others: &Mutex<Others>) -> Result<(), RankLo
     match asked {
         Asked::Step(plan) => {
             let rows: Vec<_> = plan.iter().map(OwnedRow::row).collect();
-            if ranks[0].check(&rows).is_err() {
+            if ranks[0].limits.check(&rows).is_err() {
                 return Err(leader(&mut talk(others))?.malformed());
             }
             let found = run_all(ranks, &rows)?;
@@ -120,7 +120,7 @@ fn asked(others: &mut Others, rank: &CpuExecutor) -> Result<Asked, RankLost> {
         Kind::Plan => plan(bytes, rank.limits).map(Asked::Step),
         _ => bytes.split_first_chunk().and_then(|(page, data)| {
             let page = PageId(u32::from_le_bytes(*page));
-            rank.check_page(page).ok()?;
+            rank.limits.check_page(page).ok()?;
             Some(match kind {
                 Kind::Read => Asked::Read(page),
                 _ => Asked::Write(page, data.to_vec()),

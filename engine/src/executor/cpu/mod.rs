@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use headstart_kernels::{DType, KvPool, KvShape, RopeAngles, ThreadPool};
 
+use super::check::check_page_bytes;
 use super::{Executor, ExecutorError, Found, KvDtype, KvFormat, KvLayout, Limits, PageId, Row};
 use crate::collective::{Alone, Collective, RankLost};
 use crate::core::sampling;
@@ -158,14 +159,6 @@ impl CpuExecutor {
         Ok(found)
     }
 
-    fn check_page(&self, page: PageId) -> Result<(), ExecutorError> {
-        if (page.0 as usize) < self.limits.pages {
-            return Ok(());
-        }
-        let message = format!("page {} of {}", page.0, self.limits.pages);
-        Err(ExecutorError { message, fatal: false })
-    }
-
     /// What pages are that `ranks` of these make together.
     fn kv_format_of(&self, ranks: usize) -> KvFormat {
         let KvShape { layers, head_dim, page_size, dtype, .. } = *self.kv.shape();
@@ -182,44 +175,6 @@ impl CpuExecutor {
 
     fn copy_page_in(&mut self, page: PageId, data: &[u8]) {
         self.kv.import_page(page.0, data);
-    }
-
-    /// Refuses a batch that would reach outside the model or the pool.
-    fn check(&self, rows: &[Row<'_>]) -> Result<(), ExecutorError> {
-        let Limits { vocab_size, context_length, page_size, pages } = self.limits;
-        for (index, row) in rows.iter().enumerate() {
-            let refuse = |what: String| {
-                Err(ExecutorError { message: format!("row {index}: {what}"), fatal: false })
-            };
-            let len = row.context.len();
-            if row.start >= len {
-                return refuse(format!("no new tokens: start {} of {len}", row.start));
-            }
-            if len > context_length {
-                return refuse(format!("{len} tokens exceed the context length {context_length}"));
-            }
-            if row.pages.len() * page_size < len {
-                return refuse(format!("{} pages do not hold {len} tokens", row.pages.len()));
-            }
-            if let Some(page) = row.pages.iter().find(|page| page.0 as usize >= pages) {
-                return refuse(format!("page {} of {pages}", page.0));
-            }
-            let new = &row.context[row.start..];
-            if let Some(token) = new.iter().find(|token| **token as usize >= vocab_size) {
-                return refuse(format!("token {token} in a vocabulary of {vocab_size}"));
-            }
-            let mut next = row.start;
-            for probe in row.probes {
-                if probe.position < next || probe.position >= len {
-                    return refuse(format!("probe at {} outside {next}..{len}", probe.position));
-                }
-                next = probe.position + 1;
-                if let Some(target) = probe.target.filter(|t| *t as usize >= vocab_size) {
-                    return refuse(format!("target {target} in a vocabulary of {vocab_size}"));
-                }
-            }
-        }
-        Ok(())
     }
 }
 
@@ -253,7 +208,7 @@ impl Executor for CpuExecutor {
     }
 
     fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
-        self.check(rows)?;
+        self.limits.check(rows)?;
         let found = self.run(rows).map_err(lost)?;
         probe::join(rows, vec![found], &mut self.sampler)
     }
@@ -263,27 +218,18 @@ impl Executor for CpuExecutor {
     }
 
     fn read_page(&mut self, page: PageId, out: &mut Vec<u8>) -> Result<(), ExecutorError> {
-        self.check_page(page)?;
+        self.limits.check_page(page)?;
         out.resize(self.kv.shape().page_bytes(), 0);
         self.copy_page_out(page, out);
         Ok(())
     }
 
     fn write_page(&mut self, page: PageId, data: &[u8]) -> Result<(), ExecutorError> {
-        self.check_page(page)?;
-        check_size(data, self.kv.shape().page_bytes())?;
+        self.limits.check_page(page)?;
+        check_page_bytes(data, self.kv.shape().page_bytes())?;
         self.copy_page_in(page, data);
         Ok(())
     }
-}
-
-/// Refuses bytes that are no page.
-fn check_size(data: &[u8], expected: usize) -> Result<(), ExecutorError> {
-    if data.len() == expected {
-        return Ok(());
-    }
-    let message = format!("expected a page of {expected} bytes, found {}", data.len());
-    Err(ExecutorError { message, fatal: false })
 }
 
 fn lost(lost: RankLost) -> ExecutorError {

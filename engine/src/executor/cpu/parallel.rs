@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::remote::{PLAN_BYTES_MAX, found, found_bytes_max, plan_bytes, put_plan};
-use super::{CpuExecutor, CpuOptions, check_size, lost, probe};
+use super::{CpuExecutor, CpuOptions, lost, probe};
 use crate::collective::hosts::group::{Others, talk};
 use crate::collective::hosts::link::Kind;
 use crate::collective::hosts::{JoinError, Place, Pulse, Spanning, Terms, gather};
 use crate::collective::{Collective, RankLost, SharedMemory};
 use crate::core::sampling;
+use crate::executor::check::check_page_bytes;
 use crate::executor::{Executor, ExecutorError, Found, KvFormat, Limits, PageId, Row};
 use crate::model::Model;
 
@@ -199,7 +200,7 @@ impl Executor for TensorParallel {
     }
 
     fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
-        self.ranks[0].check(rows)?;
+        self.limits().check(rows)?;
         if let Some(elsewhere) = &self.elsewhere {
             elsewhere.send_plan(rows)?;
         }
@@ -216,21 +217,21 @@ impl Executor for TensorParallel {
     }
 
     fn read_page(&mut self, page: PageId, out: &mut Vec<u8>) -> Result<(), ExecutorError> {
-        self.ranks[0].check_page(page)?;
+        self.limits().check_page(page)?;
         out.resize(self.page_bytes(), 0);
         copy_out(&self.ranks, page, out);
         if let (Some(elsewhere), Some(format)) = (&self.elsewhere, self.kv_format()) {
             let bytes = format.layout.page_bytes();
             elsewhere.read_page(page, bytes - out.len(), out).map_err(lost)?;
-            check_size(out, bytes)?;
+            check_page_bytes(out, bytes)?;
         }
         Ok(())
     }
 
     fn write_page(&mut self, page: PageId, data: &[u8]) -> Result<(), ExecutorError> {
-        self.ranks[0].check_page(page)?;
+        self.limits().check_page(page)?;
         let (format, here) = (self.kv_format(), self.page_bytes());
-        check_size(data, format.map_or(here, |format| format.layout.page_bytes()))?;
+        check_page_bytes(data, format.map_or(here, |format| format.layout.page_bytes()))?;
         copy_in(&mut self.ranks, page, &data[..here]);
         if let (Some(elsewhere), Some(format)) = (&self.elsewhere, format) {
             elsewhere.write_page(page, format, &data[here..]).map_err(lost)?;

@@ -157,8 +157,7 @@ impl Executor for CudaExecutor {
     }
 
     fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
-        plan::check(self.limits, rows)
-            .map_err(|message| ExecutorError { message, fatal: false })?;
+        self.limits.check(rows)?;
         let mut found: Vec<Vec<Found>> =
             rows.iter().map(|row| Vec::with_capacity(row.probes.len())).collect();
         let model = Arc::clone(&self.model);

@@ -9,6 +9,7 @@ use headstart_kernels::cuda::{KvDims, Precision};
 
 use super::{CudaExecutor, lost};
 use crate::core::pages::PageId;
+use crate::executor::check::check_page_bytes;
 use crate::executor::{ExecutorError, KvDtype, KvFormat, KvLayout};
 
 /// The layout of a pool's pages outside it.
@@ -51,21 +52,13 @@ impl CudaExecutor {
         Some(KvFormat { model, layout: layout(self.kv.dims(), self.model.precision()) })
     }
 
-    fn check_page(&self, page: PageId) -> Result<(), ExecutorError> {
-        if (page.0 as usize) < self.limits.pages {
-            return Ok(());
-        }
-        let message = format!("page {} of {}", page.0, self.limits.pages);
-        Err(ExecutorError { message, fatal: false })
-    }
-
     /// Copies a page to the host.
     pub(super) fn page_out(
         &mut self,
         page: PageId,
         out: &mut Vec<u8>,
     ) -> Result<(), ExecutorError> {
-        self.check_page(page)?;
+        self.limits.check_page(page)?;
         let layout = layout(self.kv.dims(), self.model.precision());
         let model = self.model.clone();
         let _turn = model.turn.lock().unwrap_or_else(PoisonError::into_inner);
@@ -79,13 +72,9 @@ impl CudaExecutor {
 
     /// Overwrites a page from the host.
     pub(super) fn page_in(&mut self, page: PageId, data: &[u8]) -> Result<(), ExecutorError> {
-        self.check_page(page)?;
+        self.limits.check_page(page)?;
         let layout = layout(self.kv.dims(), self.model.precision());
-        if data.len() != layout.page_bytes() {
-            let (expected, found) = (layout.page_bytes(), data.len());
-            let message = format!("expected a page of {expected} bytes, found {found}");
-            return Err(ExecutorError { message, fatal: false });
-        }
+        check_page_bytes(data, layout.page_bytes())?;
         transpose_keys(&layout, layout.head_dim, layout.page_size, data, &mut self.page_host);
         let model = self.model.clone();
         let _turn = model.turn.lock().unwrap_or_else(PoisonError::into_inner);

@@ -43,42 +43,6 @@ pub(super) struct Planned {
     pub(super) graph: Option<GraphKey>,
 }
 
-/// Says what is wrong with a batch that would reach outside the model or the pool.
-pub(super) fn check(limits: Limits, rows: &[Row<'_>]) -> Result<(), String> {
-    let Limits { vocab_size, context_length, page_size, pages } = limits;
-    for (index, row) in rows.iter().enumerate() {
-        let refuse = |what: String| Err(format!("row {index}: {what}"));
-        let len = row.context.len();
-        if row.start >= len {
-            return refuse(format!("no new tokens: start {} of {len}", row.start));
-        }
-        if len > context_length {
-            return refuse(format!("{len} tokens exceed the context length {context_length}"));
-        }
-        if row.pages.len() * page_size < len {
-            return refuse(format!("{} pages do not hold {len} tokens", row.pages.len()));
-        }
-        if let Some(page) = row.pages.iter().find(|page| page.0 as usize >= pages) {
-            return refuse(format!("page {} of {pages}", page.0));
-        }
-        let new = &row.context[row.start..];
-        if let Some(token) = new.iter().find(|token| **token as usize >= vocab_size) {
-            return refuse(format!("token {token} in a vocabulary of {vocab_size}"));
-        }
-        let mut next = row.start;
-        for probe in row.probes {
-            if probe.position < next || probe.position >= len {
-                return refuse(format!("probe at {} outside {next}..{len}", probe.position));
-            }
-            next = probe.position + 1;
-            if let Some(target) = probe.target.filter(|t| *t as usize >= vocab_size) {
-                return refuse(format!("target {target} in a vocabulary of {vocab_size}"));
-            }
-        }
-    }
-    Ok(())
-}
-
 /// Cuts the rows' new tokens into chunks of at most `tokens` of at most [`SEQUENCES_MAX`] rows.
 pub(super) fn chunks(rows: &[Row<'_>], tokens: usize) -> Vec<Vec<Span>> {
     let (mut chunks, mut chunk, mut used) = (Vec::new(), Vec::new(), 0);
