@@ -156,10 +156,22 @@ impl Kv {
         })
     }
 
-    /// Leases that run, readers of them, and pulls that are under way or wait for their requests.
+    /// Leases that run.
     #[must_use]
-    pub fn held(&self) -> [usize; 3] {
-        [self.leases.len(), self.leases.readers(), self.lock().len()]
+    pub fn leases(&self) -> usize {
+        self.leases.len()
+    }
+
+    /// Readers of leases, those that wait for one included.
+    #[must_use]
+    pub fn readers(&self) -> usize {
+        self.leases.readers()
+    }
+
+    /// Pulls that run or whose request has not come yet.
+    #[must_use]
+    pub fn pulls(&self) -> usize {
+        self.lock().len()
     }
 
     /// Offers the pages of `generation` to whoever goes on with its request.
@@ -283,12 +295,6 @@ impl Kv {
         }
         metrics::kv_resumed(arrived.min(wanted), wanted.saturating_sub(arrived));
         Some(Hold { _import: import })
-    }
-
-    /// Pulls that run or whose request has not come yet.
-    #[must_use]
-    pub fn pulls_held(&self) -> usize {
-        self.lock().len()
     }
 
     fn rates(&self) -> Rates {

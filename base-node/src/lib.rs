@@ -19,5 +19,5 @@ pub mod session;
 
 pub use headstart_node::HostOptions as BaseOptions;
 pub use kv::KvOptions;
-pub use node::{start, start_watched, start_with};
+pub use node::{start, start_watched};
 pub use service::Holdings;

@@ -32,27 +32,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Node
 }
 
 /// Starts a base on `engine`, whose model's text side is `text`: it serves on `listener`,
-/// registers with `membership`, and drains when `shutdown` is cancelled.
+/// registers with `membership`, hands KV over as `kv` says, and drains when `shutdown` is cancelled.
 ///
 /// # Errors
-/// When the node cannot register.
+/// When the node must not register.
 pub async fn start(
-    options: HostOptions,
-    engine: EngineHandle,
-    text: &ModelText,
-    membership: &dyn Membership,
-    listener: impl Into<Listener>,
-    shutdown: CancellationToken,
-) -> Result<RunningNode, NodeError> {
-    let kv = KvOptions::default();
-    start_with(kv, options, engine, text, membership, listener, shutdown).await
-}
-
-/// As [`start`]; the base hands KV over as `kv` says.
-///
-/// # Errors
-/// When the node cannot register.
-pub async fn start_with(
     kv: KvOptions,
     options: HostOptions,
     engine: EngineHandle,
@@ -61,15 +45,14 @@ pub async fn start_with(
     listener: impl Into<Listener>,
     shutdown: CancellationToken,
 ) -> Result<RunningNode, NodeError> {
-    let (node, _) =
-        start_watched(kv, options, engine, text, membership, listener, shutdown).await?;
-    Ok(node)
+    let started = start_watched(kv, options, engine, text, membership, listener, shutdown);
+    Ok(started.await?.0)
 }
 
-/// As [`start_with`]; what the base holds can be looked at.
+/// As [`start`]; what the base holds can be looked at.
 ///
 /// # Errors
-/// When the node cannot register.
+/// When the node must not register.
 pub async fn start_watched(
     kv: KvOptions,
     options: HostOptions,

@@ -103,7 +103,8 @@ impl BaseService {
     }
 }
 
-/// What a base holds beside its engine's slots and pages. It does not keep the base alive.
+/// What one base holds beside its engine's slots and pages, for whoever runs several in a process; the
+/// metrics count for the process. It does not keep the base alive.
 #[derive(Clone)]
 pub struct Holdings {
     rendezvous: Weak<Rendezvous>,
@@ -117,13 +118,12 @@ impl Holdings {
         let (Some(rendezvous), Some(kv)) = (self.rendezvous.upgrade(), self.kv.upgrade()) else {
             return Vec::new();
         };
-        let [leases, readers, pulls] = kv.held();
         vec![
             ("places at the rendezvous", rendezvous.sessions()),
             ("waiting drafters", rendezvous.waiting()),
-            ("KV leases", leases),
-            ("KV readers", readers),
-            ("KV pulls", pulls),
+            ("KV leases", kv.leases()),
+            ("KV readers", kv.readers()),
+            ("KV pulls", kv.pulls()),
         ]
     }
 }

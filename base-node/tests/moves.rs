@@ -239,7 +239,7 @@ async fn a_reader_hands_its_answer_to_a_writer_that_followed() {
         let prefetch = v1::PrefetchRequest { request_id: "r".into(), epoch: 2, kv: Some(kv) };
         let mut following = writer.client.clone();
         let following = tokio::spawn(async move { following.prefetch(prefetch).await });
-        until("it follows", || writer.kv.pulls_held() == 1).await;
+        until("it follows", || writer.kv.pulls() == 1).await;
         let (heard, _leased) = score(&mut reader).await;
         let moved = heard.moved.as_ref().expect("moved");
         assert_eq!(moved.kv.as_ref().map(|kv| &kv.address), Some(&reader.kv_address));
@@ -336,10 +336,10 @@ async fn a_prefetch_that_nobody_uses_is_given_up() {
         match request_id {
             "" => drop(call.await.expect("no panic").expect("only a hint")),
             _ => {
-                until("it is tried", || writer.kv.pulls_held() == 1).await;
+                until("it is tried", || writer.kv.pulls() == 1).await;
                 // Who hangs up gives it up.
                 call.abort();
-                until("it is given up", || writer.kv.pulls_held() == 0).await;
+                until("it is given up", || writer.kv.pulls() == 0).await;
             }
         }
     }

@@ -32,7 +32,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Node
 /// registers with `membership`, and drains when `shutdown` is cancelled.
 ///
 /// # Errors
-/// When the node cannot register.
+/// When the node must not register.
 pub async fn start(
     options: HostOptions,
     engine: EngineHandle,

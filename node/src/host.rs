@@ -84,7 +84,7 @@ pub struct Tiered {
 /// `shutdown` is cancelled.
 ///
 /// # Errors
-/// When the node cannot register.
+/// When the node must not register.
 pub async fn start(
     tiered: Tiered,
     options: HostOptions,
@@ -158,16 +158,14 @@ pub async fn run(
         Some(place) => Some(ranks::gathering(place, &node, &model).await?),
         None => None,
     };
-    let meeting = gathering.as_ref().and_then(Gathering::meeting);
+    let announced = gathering.as_ref().and_then(Gathering::announced);
     let loading = tokio::task::spawn_blocking(move || load(&model, base_prompt, gathering));
     let (engine, text) = tokio::select! {
         loaded = loading => loaded.map_err(|error| NodeError::Model(error.to_string()))??,
         () = shutdown.cancelled() => return Ok(()),
     };
-    if let Some((meeting, id)) = meeting
-        && let Err(error) = meeting.withdraw(&id).await
-    {
-        tracing::debug!(%error, "the address for tensor-parallel ranks stays until its lease ends");
+    if let Some(announced) = announced {
+        announced.withdraw().await;
     }
     if let Some(listener) = scraped {
         metrics::install();

@@ -72,6 +72,7 @@ fn lead(options: &ModelOptions, gathering: &Gathering) -> Result<Box<dyn Executo
         .map_err(|error| NodeError::Model(error.to_string()))?;
     let kv_tokens = options.kv_tokens(weights.config().context_length);
     let cpu = CpuOptions { threads, kv_tokens, ..CpuOptions::default() };
+    gathering.announce_again()?;
     let led = TensorParallel::lead(weights.parts().to_vec(), cpu, *place, *times, listener);
     match led {
         Ok(ranks) => Ok(Box::new(ranks)),

@@ -6,10 +6,9 @@
 use std::net::TcpListener;
 use std::time::Duration;
 
-use headstart_cluster::Meeting;
+use headstart_cluster::{ClusterError, Meeting};
 use headstart_engine::collective::hosts::Place;
 use headstart_engine::executor::cpu::{FollowError, HostTimes, follow};
-use headstart_engine::executor::device::DeviceChoice;
 use headstart_engine::model::{LoadOptions, Weights};
 use headstart_proto::NodeId;
 use headstart_service::config::ConfigError;
@@ -31,7 +30,29 @@ pub struct Gathering {
     pub times: HostTimes,
     /// Where the others come.
     pub listener: TcpListener,
-    meeting: Option<(Meeting, NodeId)>,
+    announced: Option<Announced>,
+}
+
+/// What etcd says of where a leader is.
+#[derive(Clone, Debug)]
+pub(crate) struct Announced {
+    meeting: Meeting,
+    node_id: NodeId,
+    address: String,
+    ttl: Duration,
+}
+
+impl Announced {
+    async fn put(&self) -> Result<(), ClusterError> {
+        self.meeting.announce(&self.node_id, &self.address, self.ttl).await
+    }
+
+    /// Takes the address back, once everyone has come.
+    pub(crate) async fn withdraw(&self) {
+        if let Err(error) = self.meeting.withdraw(&self.node_id).await {
+            tracing::debug!(%error, "the address for tensor-parallel ranks stays until its lease ends");
+        }
+    }
 }
 
 fn invalid(field: &'static str, message: impl Into<String>) -> ConfigError {
@@ -61,12 +82,13 @@ pub fn place(model: &ModelOptions) -> Result<Option<Place>, ConfigError> {
 
 /// Refuses a device whose ranks cannot be in several processes.
 pub(crate) fn check_device(model: &ModelOptions) -> Result<(), NodeError> {
-    if device(model)? != DeviceChoice::Cpu && device(model)?.is_cuda() {
-        return Err(
-            invalid("tp-hosts", "expected --device cpu: ranks on GPUs are one process").into()
-        );
+    match device(model)?.is_cuda() {
+        true => {
+            let message = "expected --device cpu: ranks on GPUs are one process";
+            Err(invalid("tp-hosts", message).into())
+        }
+        false => Ok(()),
     }
-    Ok(())
 }
 
 /// Under which name a node's processes meet in etcd.
@@ -95,24 +117,34 @@ pub async fn gathering(
     let times = HostTimes { join_timeout: hosts.tp_join_timeout, silence_max: hosts.tp_timeout };
     if let Some(address) = &hosts.tp_leader {
         let listener = TcpListener::bind(address).map_err(|error| refused(address, &error))?;
-        return Ok(Gathering { place, times, listener, meeting: None });
+        return Ok(Gathering { place, times, listener, announced: None });
     }
-    let (meeting, id) = meeting(node)?;
+    let (meeting, node_id) = meeting(node)?;
     let ip = node.listen.ip();
     let listener = TcpListener::bind((ip, 0)).map_err(|error| refused(&ip.to_string(), &error))?;
     let local = listener.local_addr().map_err(|error| refused(&ip.to_string(), &error))?;
     let advertised = node.advertised(local)?;
     let host = advertised.rsplit_once(':').map_or(&*advertised, |(host, _)| host);
     let address = format!("{host}:{}", local.port());
-    meeting.announce(&id, &address, hosts.tp_join_timeout).await?;
-    tracing::info!(node_id = %id, address, "tensor-parallel ranks are awaited");
-    Ok(Gathering { place, times, listener, meeting: Some((meeting, id)) })
+    let announced = Announced { meeting, node_id, address, ttl: hosts.tp_join_timeout };
+    announced.put().await?;
+    let Announced { node_id, address, .. } = &announced;
+    tracing::info!(%node_id, address, "tensor-parallel ranks are awaited");
+    Ok(Gathering { place, times, listener, announced: Some(announced) })
 }
 
 impl Gathering {
-    /// What takes back the address, once everyone has come.
-    pub(crate) fn meeting(&self) -> Option<(Meeting, NodeId)> {
-        self.meeting.clone()
+    /// What etcd says of where this is, if it is asked.
+    pub(crate) fn announced(&self) -> Option<Announced> {
+        self.announced.clone()
+    }
+
+    /// Says once more where this is: loading may take longer than what was said before lasts. Needs
+    /// a runtime, on a thread that may block.
+    pub(crate) fn announce_again(&self) -> Result<(), ClusterError> {
+        let again =
+            |announced: &Announced| tokio::runtime::Handle::current().block_on(announced.put());
+        self.announced.as_ref().map_or(Ok(()), again)
     }
 }
 

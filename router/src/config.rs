@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Args, Parser};
 use headstart_service::channel::KeepAlive;
 use headstart_service::config::{CommonOptions, ConfigError, duration};
 
@@ -40,87 +40,137 @@ pub struct RouterConfig {
     /// The cluster's name: nodes and routers of the same name find each other
     #[arg(long, env = "HEADSTART_CLUSTER", value_name = "NAME", default_value = "default")]
     pub cluster: String,
+    /// What the router does.
+    #[command(flatten)]
+    pub router: RouterFlags,
+}
+
+/// The options of the router itself, for every command that runs one.
+#[derive(Clone, Debug, Args)]
+pub struct RouterFlags {
     /// Default window of the switch rule, in base tokens
-    #[arg(long, env = "HEADSTART_WINDOW", value_name = "W", default_value_t = 6)]
+    #[arg(
+        long,
+        env = "HEADSTART_WINDOW",
+        value_name = "W",
+        default_value_t = 6,
+        help_heading = "Decoding"
+    )]
     pub window: u32,
     /// Default threshold of the switch rule, above 0 and at most 1
-    #[arg(long, env = "HEADSTART_THRESHOLD", value_name = "G", default_value_t = 0.8)]
+    #[arg(
+        long,
+        env = "HEADSTART_THRESHOLD",
+        value_name = "G",
+        default_value_t = 0.8,
+        help_heading = "Decoding"
+    )]
     pub threshold: f32,
     /// Default for the longest draft, in the drafter's tokens
-    #[arg(long, env = "HEADSTART_DRAFT_TOKENS_MAX", value_name = "N", default_value_t = 512)]
+    #[arg(
+        long,
+        env = "HEADSTART_DRAFT_TOKENS_MAX",
+        value_name = "N",
+        default_value_t = 512,
+        help_heading = "Decoding"
+    )]
     pub draft_tokens_max: u32,
     /// The drafters' temperature, 0 to 2; 0 is greedy
-    #[arg(long, env = "HEADSTART_DRAFT_TEMPERATURE", value_name = "T", default_value_t = 0.0)]
+    #[arg(
+        long,
+        env = "HEADSTART_DRAFT_TEMPERATURE",
+        value_name = "T",
+        default_value_t = 0.0,
+        help_heading = "Decoding"
+    )]
     pub draft_temperature: f32,
     /// How drafts travel: ids between equal tokenizers and text otherwise, or one of them always
-    #[arg(long, env = "HEADSTART_ENCODING", value_enum, default_value_t = Encoding::Auto)]
+    #[arg(long, env = "HEADSTART_ENCODING", value_enum, default_value_t = Encoding::Auto, help_heading = "Decoding")]
     pub encoding: Encoding,
     /// When no drafter is up: refuse, or let the base answer alone and unaligned
-    #[arg(long, env = "HEADSTART_ON_NO_DRAFTER", value_enum, default_value_t = OnNoDrafter::Reject)]
+    #[arg(long, env = "HEADSTART_ON_NO_DRAFTER", value_enum, default_value_t = OnNoDrafter::Reject, help_heading = "Decoding")]
     pub on_no_drafter: OnNoDrafter,
     /// When no base is up: refuse (drafter_only is not available in this version)
-    #[arg(long, env = "HEADSTART_ON_NO_BASE", value_enum, default_value_t = OnNoBase::Reject)]
+    #[arg(long, env = "HEADSTART_ON_NO_BASE", value_enum, default_value_t = OnNoBase::Reject, help_heading = "Decoding")]
     pub on_no_base: OnNoBase,
     /// When a draft ends by itself: the base continues, or the draft is the answer
-    #[arg(long, env = "HEADSTART_ON_DRAFT_COMPLETE", value_enum, default_value_t = OnDraftComplete::Continue)]
+    #[arg(long, env = "HEADSTART_ON_DRAFT_COMPLETE", value_enum, default_value_t = OnDraftComplete::Continue, help_heading = "Decoding")]
     pub on_draft_complete: OnDraftComplete,
     /// Answers in flight at once, whatever the nodes could hold; more wait
-    #[arg(long, env = "HEADSTART_IN_FLIGHT_MAX", value_name = "N", default_value_t = 1024)]
+    #[arg(
+        long,
+        env = "HEADSTART_IN_FLIGHT_MAX",
+        value_name = "N",
+        default_value_t = 1024,
+        help_heading = "Admission"
+    )]
     pub in_flight_max: u32,
     /// Requests that wait for a place; more are refused with 429
-    #[arg(long, env = "HEADSTART_QUEUE_REQUESTS_MAX", value_name = "N", default_value_t = 1024)]
+    #[arg(
+        long,
+        env = "HEADSTART_QUEUE_REQUESTS_MAX",
+        value_name = "N",
+        default_value_t = 1024,
+        help_heading = "Admission"
+    )]
     pub queue_requests_max: u32,
     /// Tokens of the requests that wait for a place; more are refused with 429
-    #[arg(long, env = "HEADSTART_QUEUE_TOKENS_MAX", value_name = "N", default_value_t = 2 << 20)]
+    #[arg(long, env = "HEADSTART_QUEUE_TOKENS_MAX", value_name = "N", default_value_t = 2 << 20, help_heading = "Admission")]
     pub queue_tokens_max: u64,
     /// How long a request waits for a place at most; then it is refused with 429
-    #[arg(long, env = "HEADSTART_QUEUE_TIMEOUT", value_name = "TIME", default_value = "10s", value_parser = duration)]
+    #[arg(long, env = "HEADSTART_QUEUE_TIMEOUT", value_name = "TIME", default_value = "10s", value_parser = duration, help_heading = "Admission")]
     pub queue_timeout: Duration,
     /// Bytes of an answer that may wait for a slow reader; then the reader is cut off
-    #[arg(long, env = "HEADSTART_READER_BYTES_MAX", value_name = "N", default_value_t = 1 << 20)]
+    #[arg(long, env = "HEADSTART_READER_BYTES_MAX", value_name = "N", default_value_t = 1 << 20, help_heading = "Admission")]
     pub reader_bytes_max: usize,
     /// How long a client may take no byte of what is there for it
-    #[arg(long, env = "HEADSTART_WRITE_TIMEOUT", value_name = "TIME", default_value = "1m", value_parser = duration)]
+    #[arg(long, env = "HEADSTART_WRITE_TIMEOUT", value_name = "TIME", default_value = "1m", value_parser = duration, help_heading = "Admission")]
     pub write_timeout: Duration,
     /// A file of name=key lines: only these API keys are served, and share fairly by their names [default: everybody is served]
-    #[arg(long, env = "HEADSTART_API_KEYS", value_name = "FILE")]
+    #[arg(long, env = "HEADSTART_API_KEYS", value_name = "FILE", help_heading = "Admission")]
     pub api_keys: Option<PathBuf>,
     /// HTTP connections open at once; more wait to be accepted
-    #[arg(long, env = "HEADSTART_CONNECTIONS_MAX", value_name = "N", default_value_t = 8192)]
+    #[arg(
+        long,
+        env = "HEADSTART_CONNECTIONS_MAX",
+        value_name = "N",
+        default_value_t = 8192,
+        help_heading = "Admission"
+    )]
     pub connections_max: u32,
     /// Longest request body, in bytes
-    #[arg(long, env = "HEADSTART_BODY_BYTES_MAX", value_name = "N", default_value_t = 4 << 20)]
+    #[arg(long, env = "HEADSTART_BODY_BYTES_MAX", value_name = "N", default_value_t = 4 << 20, help_heading = "Admission")]
     pub body_bytes_max: usize,
     /// Until a connection to a node stands
-    #[arg(long, env = "HEADSTART_CONNECT_TIMEOUT", value_name = "TIME", default_value = "3s", value_parser = duration)]
+    #[arg(long, env = "HEADSTART_CONNECT_TIMEOUT", value_name = "TIME", default_value = "3s", value_parser = duration, help_heading = "Times")]
     pub connect_timeout: Duration,
     /// A connection to a node is pinged after so long without traffic
-    #[arg(long, env = "HEADSTART_PING_INTERVAL", value_name = "TIME", default_value = "1s", value_parser = duration)]
+    #[arg(long, env = "HEADSTART_PING_INTERVAL", value_name = "TIME", default_value = "1s", value_parser = duration, help_heading = "Times")]
     pub ping_interval: Duration,
     /// A connection to a node is dead after so long without an answer to a ping
-    #[arg(long, env = "HEADSTART_PING_TIMEOUT", value_name = "TIME", default_value = "2s", value_parser = duration)]
+    #[arg(long, env = "HEADSTART_PING_TIMEOUT", value_name = "TIME", default_value = "2s", value_parser = duration, help_heading = "Times")]
     pub ping_timeout: Duration,
     /// Until a request's body, or a tokenizer from a node, has arrived
-    #[arg(long, env = "HEADSTART_READ_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = duration)]
+    #[arg(long, env = "HEADSTART_READ_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = duration, help_heading = "Times")]
     pub read_timeout: Duration,
     /// From the start of an answer to its first token
-    #[arg(long, env = "HEADSTART_FIRST_FRAME_TIMEOUT", value_name = "TIME", default_value = "2m", value_parser = duration)]
+    #[arg(long, env = "HEADSTART_FIRST_FRAME_TIMEOUT", value_name = "TIME", default_value = "2m", value_parser = duration, help_heading = "Times")]
     pub first_frame_timeout: Duration,
     /// Between two frames of an answer
-    #[arg(long, env = "HEADSTART_FRAME_TIMEOUT", value_name = "TIME", default_value = "2m", value_parser = duration)]
+    #[arg(long, env = "HEADSTART_FRAME_TIMEOUT", value_name = "TIME", default_value = "2m", value_parser = duration, help_heading = "Times")]
     pub frame_timeout: Duration,
     /// For an answer that a node's loss interrupted to go on elsewhere
-    #[arg(long, env = "HEADSTART_RESUME_TIMEOUT", value_name = "TIME", default_value = "60s", value_parser = duration)]
+    #[arg(long, env = "HEADSTART_RESUME_TIMEOUT", value_name = "TIME", default_value = "60s", value_parser = duration, help_heading = "Times")]
     pub resume_timeout: Duration,
     /// For a whole request
-    #[arg(long, env = "HEADSTART_REQUEST_TIMEOUT", value_name = "TIME", default_value = "30m", value_parser = duration)]
+    #[arg(long, env = "HEADSTART_REQUEST_TIMEOUT", value_name = "TIME", default_value = "30m", value_parser = duration, help_heading = "Times")]
     pub request_timeout: Duration,
     /// How long live requests may take to finish when the router is asked to stop
-    #[arg(long, env = "HEADSTART_DRAIN_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = duration)]
+    #[arg(long, env = "HEADSTART_DRAIN_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = duration, help_heading = "Times")]
     pub drain_timeout: Duration,
 }
 
-impl RouterConfig {
+impl RouterFlags {
     /// The checked options of the router itself.
     ///
     /// # Errors
@@ -203,7 +253,7 @@ mod tests {
 
     fn parse(args: &[&str]) -> Result<RouterOptions, ConfigError> {
         let args = std::iter::once("headstart-router").chain(args.iter().copied());
-        parse_from::<RouterConfig>(args)?.options()
+        parse_from::<RouterConfig>(args)?.router.options()
     }
 
     #[test]

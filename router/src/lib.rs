@@ -5,8 +5,9 @@
 //! base and a drafter (`route`), renders both prompts (`texts`, `prompts`), and starts one task that
 //! owns the request (`generate`). Each answer has a `course`: it opens an `attempt` at a base and a
 //! drafter, passes the base's frames through a gate (`frames`), keeps what is certain (`progress`),
-//! and opens another attempt when a node is lost and `retry` allows it. The task turns tokens into text (`answer`) and puts that into the client's box
-//! (`outbox`). The router holds no model weights and never links the engine.
+//! and opens another attempt when a node is lost and `retry` allows it. The task turns tokens into
+//! text (`answer`) and puts that into the client's box (`outbox`). The router holds no model weights
+//! and never links the engine.
 
 mod admission;
 mod answer;
@@ -36,6 +37,6 @@ pub mod testing;
 mod texts;
 
 pub use admission::ApiKeys;
-pub use config::RouterConfig;
+pub use config::{RouterConfig, RouterFlags};
 pub use options::{Encoding, OnDraftComplete, OnNoBase, OnNoDrafter, RouterOptions};
 pub use server::{RunningRouter, start};

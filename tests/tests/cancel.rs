@@ -144,7 +144,7 @@ impl Cluster {
             kv_lines.push(line);
             let (engine, gate) = engine(0, slots);
             let shutdown = CancellationToken::new();
-            let node = headstart_base_node::start_with(
+            let node = headstart_base_node::start(
                 kv,
                 options(&format!("b{index}"), address, "big"),
                 engine.clone(),

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use headstart_base_node::BaseOptions;
+use headstart_base_node::{BaseOptions, KvOptions};
 use headstart_cluster::{InMemory, Membership, Tier};
 use headstart_drafter_node::DrafterOptions;
 use headstart_engine::executor::Limits;
@@ -123,7 +123,11 @@ async fn node(
         Tier::Base => {
             let options =
                 BaseOptions { node_id, address, model, dtype, handoff_timeout, lifetimes, dialer };
-            headstart_base_node::start(options, engine, text, membership, listener, stop).await
+            {
+                let kv = KvOptions::default();
+                headstart_base_node::start(kv, options, engine, text, membership, listener, stop)
+                    .await
+            }
         }
     };
     started.expect("a node")

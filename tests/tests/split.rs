@@ -90,7 +90,7 @@ impl Cluster {
             ..KvOptions::default()
         };
         let (engine, shutdown) = (engine(fake), CancellationToken::new());
-        let node = headstart_base_node::start_with(
+        let node = headstart_base_node::start(
             kv,
             options(id, address, "big"),
             engine.clone(),

@@ -61,9 +61,7 @@ impl Limits {
 pub(super) fn check_page_bytes(data: &[u8], expected: usize) -> Result<(), ExecutorError> {
     match data.len() == expected {
         true => Ok(()),
-        false => {
-            Err(refused(format!("expected a page of {expected} bytes, found {}", data.len())))
-        }
+        false => Err(refused(format!("expected a page of {expected} bytes, found {}", data.len()))),
     }
 }
 

@@ -1,18 +1,14 @@
 //! What `headstart up` can be told: flags over `HEADSTART_*` variables over a TOML file over the
 //! defaults.
 
-use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
-
 use clap::Parser;
 use headstart_engine::EngineOptions;
 use headstart_engine::executor::device::DeviceChoice;
 use headstart_engine::model::WeightDtype;
-use headstart_router::{ApiKeys, Encoding, OnDraftComplete, OnNoBase, OnNoDrafter, RouterOptions};
+use headstart_router::{RouterFlags, RouterOptions};
 use headstart_service::config::{self, CommonOptions, ConfigError};
 use headstart_service::options::BasePromptChoice;
+use std::net::SocketAddr;
 
 use crate::models::Spec;
 
@@ -99,39 +95,6 @@ pub struct UpOptions {
         default_value_t = EngineOptions::default().step_tokens, help_heading = "Nodes")]
     pub step_tokens: usize,
 
-    /// Draft tokens that the base judges together (w)
-    #[arg(long, value_name = "W", env = "HEADSTART_WINDOW",
-        default_value_t = RouterOptions::default().window, help_heading = "Decoding")]
-    pub window: u32,
-    /// How likely the base must find them to take over (γ), above 0 and at most 1
-    #[arg(long, value_name = "G", env = "HEADSTART_THRESHOLD",
-        default_value_t = RouterOptions::default().threshold, help_heading = "Decoding")]
-    pub threshold: f32,
-    /// The longest draft, in the drafter's tokens
-    #[arg(long, value_name = "N", env = "HEADSTART_DRAFT_TOKENS_MAX",
-        default_value_t = RouterOptions::default().draft_tokens_max, help_heading = "Decoding")]
-    pub draft_tokens_max: u32,
-    /// The drafter's temperature; 0 always takes the likeliest token
-    #[arg(long, value_name = "T", env = "HEADSTART_DRAFT_TEMPERATURE",
-        default_value_t = RouterOptions::default().draft_temperature, help_heading = "Decoding")]
-    pub draft_temperature: f32,
-    /// How drafts travel
-    #[arg(long, value_enum, env = "HEADSTART_ENCODING", default_value_t = Encoding::Auto,
-        help_heading = "Decoding")]
-    pub encoding: Encoding,
-    /// When no drafter is up
-    #[arg(long, value_enum, env = "HEADSTART_ON_NO_DRAFTER", default_value_t = OnNoDrafter::Reject,
-        help_heading = "Decoding")]
-    pub on_no_drafter: OnNoDrafter,
-    /// When no base is up
-    #[arg(long, value_enum, env = "HEADSTART_ON_NO_BASE", default_value_t = OnNoBase::Reject,
-        help_heading = "Decoding")]
-    pub on_no_base: OnNoBase,
-    /// When a draft ends by itself before the base takes over
-    #[arg(long, value_enum, env = "HEADSTART_ON_DRAFT_COMPLETE",
-        default_value_t = OnDraftComplete::Continue, help_heading = "Decoding")]
-    pub on_draft_complete: OnDraftComplete,
-
     /// Where HTTP is served
     #[arg(
         long,
@@ -150,43 +113,6 @@ pub struct UpOptions {
         help_heading = "Doors"
     )]
     pub grpc: SocketAddr,
-    /// HTTP connections open at once; more wait to be accepted
-    #[arg(long, value_name = "N", env = "HEADSTART_CONNECTIONS_MAX",
-        default_value_t = RouterOptions::default().connections_max, help_heading = "Doors")]
-    pub connections_max: u32,
-    /// Longest request body, in bytes
-    #[arg(long, value_name = "N", env = "HEADSTART_BODY_BYTES_MAX",
-        default_value_t = RouterOptions::default().body_bytes_max, help_heading = "Doors")]
-    pub body_bytes_max: usize,
-    /// How long a client may take no byte of what is there for it
-    #[arg(long, value_name = "DURATION", env = "HEADSTART_WRITE_TIMEOUT",
-        value_parser = config::duration, default_value = "1m", help_heading = "Doors")]
-    pub write_timeout: Duration,
-    /// Answers in flight at once, whatever the nodes could hold; more wait
-    #[arg(long, value_name = "N", env = "HEADSTART_IN_FLIGHT_MAX",
-        default_value_t = RouterOptions::default().in_flight_max, help_heading = "Admission")]
-    pub in_flight_max: u32,
-    /// Requests that wait for a place; more are refused with 429
-    #[arg(long, value_name = "N", env = "HEADSTART_QUEUE_REQUESTS_MAX",
-        default_value_t = RouterOptions::default().queue_requests_max, help_heading = "Admission")]
-    pub queue_requests_max: u32,
-    /// Tokens of the requests that wait for a place; more are refused with 429
-    #[arg(long, value_name = "N", env = "HEADSTART_QUEUE_TOKENS_MAX",
-        default_value_t = RouterOptions::default().queue_tokens_max, help_heading = "Admission")]
-    pub queue_tokens_max: u64,
-    /// How long a request waits for a place at most; then it is refused with 429
-    #[arg(long, value_name = "DURATION", env = "HEADSTART_QUEUE_TIMEOUT",
-        value_parser = config::duration, default_value = "10s", help_heading = "Admission")]
-    pub queue_timeout: Duration,
-    /// Bytes of an answer that may wait for a slow reader; then the reader is cut off
-    #[arg(long, value_name = "N", env = "HEADSTART_READER_BYTES_MAX",
-        default_value_t = RouterOptions::default().reader_bytes_max, help_heading = "Admission")]
-    pub reader_bytes_max: usize,
-    /// A file of name=key lines: only these API keys are served, and share fairly by their names
-    /// [default: everybody is served]
-    #[arg(long, value_name = "FILE", env = "HEADSTART_API_KEYS", help_heading = "Admission")]
-    pub api_keys: Option<PathBuf>,
-
     /// etcd endpoints; membership is kept in memory without them
     #[arg(
         long,
@@ -205,10 +131,9 @@ pub struct UpOptions {
         help_heading = "Doors"
     )]
     pub cluster: String,
-    /// Until running requests must have finished when the cluster stops
-    #[arg(long, value_name = "DURATION", env = "HEADSTART_DRAIN_TIMEOUT",
-        value_parser = config::duration, default_value = "30s", help_heading = "Doors")]
-    pub drain_timeout: Duration,
+    /// What the router does; its drain timeout is the cluster's.
+    #[command(flatten)]
+    pub router: RouterFlags,
     /// The options of every binary
     #[command(flatten)]
     pub common: CommonOptions,
@@ -220,29 +145,7 @@ impl UpOptions {
     /// # Errors
     /// A sentence that names the field.
     pub fn router(&self) -> Result<RouterOptions, String> {
-        let options = RouterOptions {
-            window: self.window,
-            threshold: self.threshold,
-            draft_tokens_max: self.draft_tokens_max,
-            draft_temperature: self.draft_temperature,
-            encoding: self.encoding,
-            on_no_drafter: self.on_no_drafter,
-            on_no_base: self.on_no_base,
-            on_draft_complete: self.on_draft_complete,
-            in_flight_max: self.in_flight_max,
-            queue_requests_max: self.queue_requests_max,
-            queue_tokens_max: self.queue_tokens_max,
-            queue_timeout: self.queue_timeout,
-            reader_bytes_max: self.reader_bytes_max,
-            write_timeout: self.write_timeout,
-            connections_max: self.connections_max,
-            body_bytes_max: self.body_bytes_max,
-            api_keys: self.api_keys.as_deref().map(ApiKeys::read).transpose()?.map(Arc::new),
-            drain_timeout: self.drain_timeout,
-            ..RouterOptions::default()
-        };
-        options.validate()?;
-        Ok(options)
+        self.router.options().map_err(|error| error.to_string())
     }
 
     /// Tokens that a node's KV cache holds, for a model with this context.
@@ -290,6 +193,10 @@ fn model_name(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use headstart_router::{Encoding, OnNoDrafter};
+
     use super::*;
 
     fn parsed(flags: &[&str]) -> Result<UpOptions, String> {
@@ -346,7 +253,7 @@ mod tests {
         let config = format!("--config={}", file.path().display());
         let options = parse(&[config.into(), "--window=5".into()]).unwrap();
         assert_eq!(options.base.to_string(), "qwen2.5-coder");
-        assert_eq!((options.window, options.etcd.len()), (5, 2));
+        assert_eq!((options.router.window, options.etcd.len()), (5, 2));
     }
 
     #[test]

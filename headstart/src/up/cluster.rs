@@ -251,7 +251,7 @@ impl Starter<'_> {
     }
 
     fn lifetimes(&self) -> Lifetimes {
-        Lifetimes { drain_timeout: self.options.drain_timeout, ..Lifetimes::default() }
+        Lifetimes { drain_timeout: self.options.router.drain_timeout, ..Lifetimes::default() }
     }
 
     async fn drafter(&self, loaded: &Loaded, engine: EngineHandle) -> Result<RunningNode, Failure> {
@@ -290,9 +290,8 @@ impl Starter<'_> {
             ..KvOptions::default()
         };
         let membership = self.membership;
-        let start = headstart_base_node::start_with(
-            kv, options, engine, text, membership, listener, shutdown,
-        );
+        let start =
+            headstart_base_node::start(kv, options, engine, text, membership, listener, shutdown);
         start.await.map_err(failed)
     }
 }

@@ -298,5 +298,5 @@ fn config_file(input: &[u8]) {
     }
     let path = file.path().as_os_str().to_owned();
     let arguments = ["headstart-router".into(), "--config".into(), path];
-    let _ = parse_from::<RouterConfig>(arguments).map(|config| config.options().is_ok());
+    let _ = parse_from::<RouterConfig>(arguments).map(|config| config.router.options().is_ok());
 }

@@ -113,4 +113,7 @@ fn dates() {
     assert_eq!(strftime("%B %d, %y%", at(20_780, 0)), "November 23, 26%");
     let now = render("{{ strftime_now('%Y') }}", &hi()).unwrap();
     assert!(now.parse::<u32>().unwrap() >= 2024, "{now}");
+    // What a template repeats does not become a date of the same size.
+    let error = render("{{ strftime_now('%d' * 600) }}", &hi()).unwrap_err().to_string();
+    assert!(error.contains("at most 1024 bytes"), "{error}");
 }

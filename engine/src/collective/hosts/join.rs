@@ -34,8 +34,11 @@ const REFUSED: u8 = 1;
 
 /// How long a connection may take to say what it is.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
-/// The pause between two looks for followers, or for the leader.
+/// The pause between two looks for followers, and the first between two for the leader, each of which
+/// is twice as long as the one before.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
+/// The longest pause between two looks for the leader.
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// What the leader decides for all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -330,6 +333,7 @@ pub fn join(
     timeout: Duration,
 ) -> Result<Joined, JoinError> {
     let deadline = Instant::now() + timeout;
+    let mut pause = RETRY_PAUSE;
     loop {
         let cause = match find() {
             Ok(leader) => match attempt(&leader, place, model, deadline) {
@@ -342,7 +346,8 @@ pub fn join(
         if Instant::now() >= deadline {
             return Err(JoinError::NoLeader { timeout, cause });
         }
-        std::thread::sleep(RETRY_PAUSE);
+        std::thread::sleep(pause);
+        pause = (2 * pause).min(RETRY_PAUSE_MAX);
     }
 }
 

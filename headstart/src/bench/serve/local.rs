@@ -39,7 +39,7 @@ impl Local {
                 options.base = drafter.clone();
                 options.base_prompt = BasePromptChoice::Chat;
                 options.drafters = 0;
-                options.on_no_drafter = OnNoDrafter::BaseOnly;
+                options.router.on_no_drafter = OnNoDrafter::BaseOnly;
                 Some(Cluster::start(&options).await?)
             }
         };
