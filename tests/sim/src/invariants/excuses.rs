@@ -36,10 +36,7 @@ pub(super) fn excuse(run: &Run, outcome: &Outcome) -> Result<(), String> {
     let unexplained = |what: &str| Err(format!("nothing explains {what}"));
     match &outcome.end {
         End::Whole | End::HungUp | End::Hung | End::Vanished => Ok(()),
-        End::Broken(why) if router_lost(run, outcome) => {
-            let _ = why;
-            Ok(())
-        }
+        End::Broken(_) if router_lost(run, outcome) => Ok(()),
         End::Broken(why) => unexplained(&format!("a broken connection: {why}")),
         End::Failed(code, message) => {
             let excused = match code {
