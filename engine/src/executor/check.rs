@@ -76,7 +76,9 @@ mod tests {
         let limits = Limits { vocab_size: 10, context_length: 8, page_size: 4, pages: 3 };
         let sampling = Sampling::default();
         let probe = |position, target| Probe { position, target, sample: false, top: 0 };
-        let cases: [(&[u32], usize, &[u32], &[Probe], &str); 9] = [
+        /// Context, start, pages, probes, and what is said; empty: it is taken.
+        type Case<'a> = (&'a [u32], usize, &'a [u32], &'a [Probe], &'a str);
+        let cases: [Case<'_>; 9] = [
             (&[1, 2, 3], 0, &[2], &[probe(0, Some(9)), probe(2, None)], ""),
             (&[1, 2], 2, &[0], &[], "no new tokens"),
             (&[1; 9], 0, &[0, 1, 2], &[], "context length"),
