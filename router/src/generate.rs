@@ -215,6 +215,12 @@ impl Core {
         self.admission.resize(&self.nodes.snapshot(&view), self.options.in_flight_max);
     }
 
+    /// Brings the metrics of the nodes up to date.
+    pub(crate) fn measure_nodes(&self) {
+        let view = self.view();
+        self.metrics.nodes(&self.nodes.snapshot(&view));
+    }
+
     /// Time since the router's start.
     pub(crate) fn uptime(&self) -> Duration {
         self.started.elapsed()

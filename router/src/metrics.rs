@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use headstart_cluster::Tier;
+use headstart_cluster::{BaseRole, Tier};
 use headstart_proto::ErrorCode;
 use metrics::{
     Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram,
@@ -13,7 +13,11 @@ use metrics::{
 
 use crate::admission::{Class, Reason};
 use crate::frames::Source;
+use crate::route::{Candidate, Snapshot};
 
+/// Nodes this router knows, by `tier`, `role` (a base's; a drafter's is `draft`) and `state`: `up`,
+/// `suspected`, `draining`.
+const NODES: &str = "headstart_router_nodes";
 /// Requests that ended, by `outcome`: `ok`, or an error code.
 const REQUESTS: &str = "headstart_router_requests_total";
 /// From a request's arrival to its first token, all answers together.
@@ -83,6 +87,7 @@ impl QueueMetrics {
 impl Metrics {
     /// Describes and resolves them in the process's registry.
     pub(crate) fn new() -> Self {
+        describe_gauge!(NODES, "Nodes that are known, by tier, role and state");
         describe_counter!(REQUESTS, "Requests that ended, by outcome");
         describe_histogram!(TTFT, "Seconds from a request's arrival to its first token");
         describe_histogram!(ITL, "Seconds between two tokens of an answer");
@@ -123,6 +128,24 @@ impl Metrics {
     pub(crate) fn refused(&self, class: Class, reason: Reason) {
         let (class, reason) = (class.as_str(), reason.as_str());
         counter!(REFUSED, "class" => class, "reason" => reason).increment(1);
+    }
+
+    /// The nodes that are known now.
+    #[allow(clippy::cast_precision_loss)] // gauges are floats
+    pub(crate) fn nodes(&self, snapshot: &Snapshot<'_>) {
+        let set = |tier: Tier, role: &'static str, nodes: &[&Candidate<'_>]| {
+            for state in ["up", "suspected", "draining"] {
+                let count = nodes.iter().filter(|node| node.state() == state).count();
+                gauge!(NODES, "tier" => tier.as_str(), "role" => role, "state" => state)
+                    .set(count as f64);
+            }
+        };
+        for role in [BaseRole::Unified, BaseRole::Score, BaseRole::Decode] {
+            let has_role = |node: &&Candidate<'_>| node.record.base_role == role;
+            let bases: Vec<_> = snapshot.bases.iter().filter(has_role).collect();
+            set(Tier::Base, role.as_str(), &bases);
+        }
+        set(Tier::Drafter, "draft", &snapshot.drafters.iter().collect::<Vec<_>>());
     }
 
     /// What waits in `class` now.

@@ -67,6 +67,15 @@ struct Score {
 }
 
 impl Candidate<'_> {
+    /// `up`, `suspected` or `draining`.
+    pub(crate) fn state(&self) -> &'static str {
+        match (self.record.draining, self.suspected_for) {
+            (true, _) => "draining",
+            (false, Some(_)) => "suspected",
+            (false, None) => "up",
+        }
+    }
+
     fn score(&self, part: Part) -> Score {
         let slots = u64::from(self.record.slots.max(1));
         Score {

@@ -44,7 +44,11 @@ fn a_split_pair_gives_the_golden_answers_and_drains_under_load() {
     let mut router = Process::start("headstart-router", &doors);
     let client = Client::new(&http);
     wait_ready(&client, &mut [&mut reader, &mut writer, &mut drafter, &mut router]);
-    until("the pair is up", || counter(&metrics[1], "headstart_base_slots") > 0.0);
+    let known = |role: &str| {
+        let name = format!(r#"headstart_router_nodes{{tier="base",role="{role}",state="up"}}"#);
+        client.metric(&name) == Some(1)
+    };
+    until("the router knows the pair", || known("score") && known("decode"));
 
     check_file(&client, "smollm2", "smollm2_to_smollm2.jsonl", 8, 1);
     let moved = counter(&metrics[1], "headstart_base_kv_moved_total");
@@ -55,8 +59,8 @@ fn a_split_pair_gives_the_golden_answers_and_drains_under_load() {
     assert_eq!(counter(&metrics[0], "headstart_base_written_total"), 0.0, "the reader only reads");
 
     let mut third = base("u1", 2, "unified");
-    wait_ready(&client, &mut [&mut third]);
-    until("the third base is up", || counter(&metrics[2], "headstart_base_slots") > 0.0);
+    until("the router knows the third base", || known("unified"));
+    assert!(third.is_running());
     let drained = std::thread::scope(|scope| {
         let load = scope.spawn(|| {
             check_file(&client, "smollm2", "smollm2_to_smollm2.jsonl", 8, 2);

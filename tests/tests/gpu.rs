@@ -94,7 +94,8 @@ fn answers(devices: [&str; 2]) -> (Vec<Value>, f64) {
     let mut all: Vec<&mut Process> = parts.iter_mut().collect();
     all.push(&mut router);
     wait_ready(&client, &mut all);
-    while counter(&metrics, "headstart_base_slots") < 1.0 {
+    let writer = r#"headstart_router_nodes{tier="base",role="decode",state="up"}"#;
+    while client.metric(writer) != Some(1) {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     let ask = |name: &&str| {

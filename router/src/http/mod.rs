@@ -251,8 +251,9 @@ async fn ready(State(door): State<Door>) -> impl IntoResponse {
     }
 }
 
-async fn metrics() -> impl IntoResponse {
+async fn metrics(State(door): State<Door>) -> impl IntoResponse {
     use headstart_service::metrics::{CONTENT_TYPE, render};
+    door.core.measure_nodes();
     ([(header::CONTENT_TYPE, CONTENT_TYPE)], render())
 }
 
