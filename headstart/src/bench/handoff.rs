@@ -51,7 +51,7 @@ pub struct HandoffArgs {
     /// The model: a path, a short name (see `headstart models list`), or hf:owner/repo[:file.gguf]
     #[arg(long, value_name = "SPEC", default_value = "smollm2")]
     model: Spec,
-    /// Threads that compute, in each engine [default: all cores]
+    /// Threads that compute, in each engine [default: half of the cores, two engines share them]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
     /// Tokens of the prefix that moves
@@ -93,8 +93,8 @@ struct Report {
 pub async fn run(args: HandoffArgs) -> Result<(), Failure> {
     let local = fetch_all(vec![args.model.clone()], Check::Size).await?.pop();
     let local = local.ok_or_else(|| Failure::Failed("fetching brought no model".to_owned()))?;
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = args.threads.unwrap_or_else(cores);
+    let half = || std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2));
+    let threads = args.threads.unwrap_or_else(half);
     let load = LoadOptions { dtype: WeightDtype::Auto, threads };
     let model = Model::load(&local.path, load, &mut |_| {}).map_err(failed)?;
     let bench = Bench::new(&Arc::new(model), threads, &args).await?;
