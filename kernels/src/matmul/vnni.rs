@@ -1,8 +1,9 @@
 //! Integer products with AVX-512 VNNI: weights in the lanes, activations broadcast.
 //!
 //! With one row the memory decides. A core that walks through one panel after the other has one
-//! stream of requests open and waits at every page's first lines; with four panels side by side it
-//! reads a third faster.
+//! stream of requests open and waits at every page's first lines; with four streams side by side it
+//! reads a third faster. Each stream takes a quarter of a piece's panels, one behind the other, so
+//! that it is as long as can be.
 
 use super::activations::{Activations, HIGH_SHIFT, TILE};
 use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales};
@@ -13,7 +14,7 @@ use std::ops::Range;
 
 /// Bytes of each panel that are fetched ahead of use.
 const AHEAD: usize = 2048;
-/// Panels that are read side by side.
+/// Streams of panels that are read side by side.
 const SIDE: usize = 4;
 
 /// Multiplies panels `panels` of `w` with rows `rows` of `x`; see [`super::int`] for the definition.
@@ -51,30 +52,36 @@ unsafe fn all<F: Format>(
     rows: Range<usize>,
     out: Out,
 ) {
-    let mut panel = panels.start;
-    while panel < panels.end {
+    let length = panels.len() / SIDE;
+    let streams = (panels.start..panels.start + length).map(|first| (first, SIDE));
+    let rest = (panels.start + length * SIDE..panels.end).map(|panel| (panel, 1));
+    for (panel, side) in streams.chain(rest) {
+        let at = Panels { first: panel, step: length };
         let mut row = rows.start;
-        let side = if panels.end - panel >= SIDE { SIDE } else { 1 };
         while row < rows.end {
             // Rows of one call share a tile of the activations.
             let most = (rows.end - row).min(TILE - row % TILE);
             // SAFETY: the caller's promises.
             row += unsafe {
                 match (most, side) {
-                    (1, SIDE) => rows_of::<F, 1, SIDE>(w, x, panel, row, out),
-                    (1, _) => rows_of::<F, 1, 1>(w, x, panel, row, out),
+                    (1, SIDE) => rows_of::<F, 1, SIDE>(w, x, at, row, out),
+                    (1, _) => rows_of::<F, 1, 1>(w, x, at, row, out),
                     // Unpacked nibbles are worth sharing among more rows than bytes are.
-                    (4.., SIDE) if F::SHIFT != Some(7) => {
-                        rows_of::<F, 4, SIDE>(w, x, panel, row, out)
-                    }
-                    (4.., _) if F::SHIFT != Some(7) => rows_of::<F, 4, 1>(w, x, panel, row, out),
-                    (_, SIDE) => rows_of::<F, 2, SIDE>(w, x, panel, row, out),
-                    _ => rows_of::<F, 2, 1>(w, x, panel, row, out),
+                    (4.., SIDE) if F::SHIFT != Some(7) => rows_of::<F, 4, SIDE>(w, x, at, row, out),
+                    (4.., _) if F::SHIFT != Some(7) => rows_of::<F, 4, 1>(w, x, at, row, out),
+                    (_, SIDE) => rows_of::<F, 2, SIDE>(w, x, at, row, out),
+                    _ => rows_of::<F, 2, 1>(w, x, at, row, out),
                 }
             };
         }
-        panel += side;
     }
+}
+
+/// Panels `first`, `first + step`, …, one of each stream.
+#[derive(Clone, Copy)]
+struct Panels {
+    first: usize,
+    step: usize,
 }
 
 /// Multiplies `P` panels with `M` rows and returns `M`.
@@ -85,44 +92,41 @@ unsafe fn all<F: Format>(
 unsafe fn rows_of<F: Format, const M: usize, const P: usize>(
     w: &QuantTiles,
     x: &Activations,
-    panel: usize,
+    at: Panels,
     row: usize,
     out: Out,
 ) -> usize {
     let g = w.geometry;
-    let panels: [_; P] = std::array::from_fn(|p| w.panel(panel + p).as_ptr());
+    let panels: [_; P] = std::array::from_fn(|p| w.panel(at.first + p * at.step).as_ptr());
     let (tile, stride) = x.tile(row / TILE);
     // SAFETY: the processor has AVX-512.
     let mut scales = unsafe { [Scales::zero(); P] };
     let mut sum = [[_mm512_setzero_ps(); M]; P];
     for block in 0..g.blocks {
-        // What comes after the end of a panel is the one that follows the last of the `P`.
-        let left = g.panel_bytes - g.scales_at(block);
-        let ahead = if left > AHEAD { AHEAD } else { AHEAD + (P - 1) * g.panel_bytes };
         let groups = g.groups(block);
         // SAFETY: the block exists; rows are those of the tile; prefetching is harmless anywhere.
         unsafe {
             for (panel, scales) in panels.iter().zip(&mut scales) {
-                let head = panel.wrapping_add(g.scales_at(block) + ahead);
+                let head = panel.wrapping_add(g.scales_at(block) + AHEAD);
                 for i in 0..4 {
                     _mm_prefetch::<_MM_HINT_T0>(head.wrapping_add(i * 64).cast());
                 }
                 F::scales(*panel, &g, block, scales);
             }
             let levels = tile.add(block * 8 * stride + row % TILE * 64);
-            let at = Place { cols: g.cols, block, levels, stride, x, row, ahead };
+            let place = Place { cols: g.cols, block, levels, stride, x, row };
             let quants = panels.map(|panel| panel.add(g.quants_at(block)));
             let mut a = [[_mm512_setzero_ps(); M]; P];
             if groups == F::GROUPS {
                 for j in 0..F::GROUPS {
                     for p in 0..P {
-                        group::<F, M>(&at, quants[p], j, &scales[p], &mut a[p]);
+                        group::<F, M>(&place, quants[p], j, &scales[p], &mut a[p]);
                     }
                 }
             } else {
                 for j in 0..groups {
                     for p in 0..P {
-                        group::<F, M>(&at, quants[p], j, &scales[p], &mut a[p]);
+                        group::<F, M>(&place, quants[p], j, &scales[p], &mut a[p]);
                     }
                 }
             }
@@ -135,7 +139,7 @@ unsafe fn rows_of<F: Format, const M: usize, const P: usize>(
         }
     }
     for (p, sum) in sum.iter().enumerate() {
-        let first = (panel + p) * PANEL;
+        let first = (at.first + p * at.step) * PANEL;
         let lanes = PANEL.min(w.rows() - first);
         let mask = (u32::MAX >> (32 - lanes)) as __mmask16;
         for (r, sum) in sum.iter().enumerate() {
@@ -156,8 +160,6 @@ struct Place<'a> {
     stride: usize,
     x: &'a Activations,
     row: usize,
-    /// Distance of what is fetched.
-    ahead: usize,
 }
 
 /// Adds one group to the block's scaled sums; `quants` is the panel's first group in the block.
@@ -177,7 +179,7 @@ unsafe fn group<F: Format, const M: usize>(
     unsafe {
         let weights = quants.add(j * F::BYTES);
         for i in 0..F::BYTES / 64 {
-            _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_add(at.ahead + i * 64).cast());
+            _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_add(AHEAD + i * 64).cast());
         }
         let q = F::quants(weights);
         let per32 = 8 / F::VECTORS;
