@@ -99,6 +99,10 @@ pub fn describe() {
         "headstart_base_tokens_cut",
         "Draft tokens that the engine computed and a switch then cut, since its start."
     );
+    describe_gauge!(
+        "headstart_base_tokens_overrun",
+        "Tokens, beside the computed ones, that a GPU had in work when their answers ended, since the engine's start."
+    );
 }
 
 /// A request ended.
@@ -173,6 +177,7 @@ pub fn engine(stats: EngineStats) {
     gauge!("headstart_base_tokens_extended").set(stats.counters.tokens_extended as f64);
     gauge!("headstart_base_tokens_reused").set(stats.counters.tokens_reused as f64);
     gauge!("headstart_base_tokens_cut").set(stats.counters.tokens_cut as f64);
+    gauge!("headstart_base_tokens_overrun").set(stats.counters.tokens_overrun as f64);
 }
 
 /// A pull of KV ended: whole, or with an error's code.

@@ -10,6 +10,7 @@ pub mod collective;
 pub mod core;
 pub mod exchange;
 pub mod executor;
+mod flight;
 pub mod model;
 pub mod runner;
 pub mod step;

@@ -197,6 +197,7 @@ impl EngineHandle {
             clients: BTreeMap::new(),
             tickets: HashMap::new(),
             prefill_tokens_per_second: 0,
+            working_since: None,
             paced: false,
             shared: Arc::clone(&shared),
         };
@@ -393,6 +394,8 @@ struct Runner {
     clients: BTreeMap<SequenceId, (u64, Client)>,
     tickets: HashMap<u64, SequenceId>,
     prefill_tokens_per_second: u64,
+    /// When the executor was last known to begin a step, if it has one.
+    working_since: Option<Instant>,
     /// Somebody else says how long steps take.
     paced: bool,
     shared: Arc<Shared>,
@@ -454,10 +457,12 @@ impl Runner {
         ControlFlow::Continue(())
     }
 
-    /// Runs a step that has `started` then, and looks at the clock after it.
+    /// Runs a step that has `started` then, or with the one before it, and looks at the clock after it.
     fn step(&mut self, started: Instant) -> (Vec<(SequenceId, Event)>, Result<(), ExecutorError>) {
+        let started = self.working_since.take().unwrap_or(started);
         let before = self.engine.counters();
         let result = self.engine.step();
+        self.working_since = self.engine.is_in_flight().then(Instant::now);
         let after = self.engine.counters();
         let tokens = after.tokens_extended - before.tokens_extended;
         if tokens >= PREFILL_TOKENS_MIN {

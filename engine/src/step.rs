@@ -1,16 +1,23 @@
-//! The life of a token on one screen: plan → execute → commit.
+//! The life of a token on one screen: plan → submit → collect → commit.
+//!
+//! An executor that pipelines has the next step before the last one is collected, so it works while
+//! the host commits, tells, listens and plans. That step extends what is certain whatever the one in
+//! flight finds ([`Sequence::work`]), and is not planned while that would hold anybody back, or cost
+//! pages that the commit may give. A sequence that is over by its commit had a row too many: nothing
+//! comes of it. With any other executor each step is collected before the next one is planned.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::collective::hosts::Pulse;
 use crate::core::pages::{Page, PagePool};
 use crate::core::prefix::{PrefixCache, followers};
-use crate::core::scheduler::{self, Budget, Demand, Plan, SequenceId};
+use crate::core::scheduler::{self, Budget, Demand, Extend, Plan, SequenceId};
 use crate::core::sequence::{Event, Request, Sequence};
 use crate::exchange::{ExportLog, ExportedPage, ImportError, Imported, IncomingPage};
-use crate::executor::{Executor, ExecutorError, Found, KvFormat, Limits, Probe, TokenId};
+use crate::executor::{Executor, ExecutorError, Found, KvFormat, Limits, TokenId};
+use crate::flight::{self, Flight};
 
 /// What an engine has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,6 +32,9 @@ pub struct Counters {
     pub tokens_preempted: u64,
     /// Draft tokens that were extended and then cut from the answer.
     pub tokens_cut: u64,
+    /// Tokens that went through the model for sequences that were over by then; they are not among
+    /// the extended ones. None, unless steps are pipelined.
+    pub tokens_overrun: u64,
 }
 
 /// A model, its sequences and its KV pages. Plain state: the [runner](crate::runner) drives it.
@@ -45,14 +55,19 @@ pub struct Engine {
     /// Who follows the sequences' pages.
     exports: BTreeMap<SequenceId, ExportLog>,
     imports: BTreeMap<u64, Imported>,
+    /// The steps that the executor has, oldest first.
+    flights: VecDeque<Flight>,
+    flights_max: usize,
 }
 
 impl Engine {
     /// An engine that extends at most `step_tokens ≥ 1` tokens a step.
     #[must_use]
-    pub fn new(executor: Box<dyn Executor>, step_tokens: usize) -> Self {
+    pub fn new(mut executor: Box<dyn Executor>, step_tokens: usize) -> Self {
         let limits = executor.limits();
         Self {
+            flights: VecDeque::new(),
+            flights_max: flight::flights_max(&mut *executor),
             executor,
             limits,
             step_tokens: step_tokens.max(1),
@@ -129,7 +144,7 @@ impl Engine {
         events.into_iter().map(|event| (id, event)).collect()
     }
 
-    /// Drops a sequence and frees its pages.
+    /// Drops a sequence and frees its pages, but for those that a step in flight writes.
     pub fn remove(&mut self, id: SequenceId) {
         self.sequences.remove(&id);
         if let Some(log) = self.exports.remove(&id) {
@@ -221,25 +236,57 @@ impl Engine {
     /// Whether a step would find something to do.
     #[must_use]
     pub fn has_work(&self) -> bool {
-        self.sequences.values().any(|sequence| self.work(sequence) > 0)
+        self.is_in_flight() || self.sequences.values().any(|sequence| self.work(sequence) > 0)
     }
 
-    /// Runs one step and tells what came of it.
+    /// Whether the executor has a step.
+    #[must_use]
+    pub fn is_in_flight(&self) -> bool {
+        !self.flights.is_empty()
+    }
+
+    /// Gives the executor what it can take, and tells what came of the oldest step that it has.
     ///
     /// # Errors
     /// [`ExecutorError`]: the step's sequences got [`Event::Failed`]; on a fatal one all did.
     pub fn step(&mut self) -> (Vec<(SequenceId, Event)>, Result<(), ExecutorError>) {
+        while self.flights.len() < self.flights_max
+            && let Some(plan) = self.plan_next()
+        {
+            if let Err(error) = self.submit(&plan) {
+                return (self.fail(&plan.extend, &error), Err(error));
+            }
+        }
+        let Some(mut flight) = self.flights.pop_front() else {
+            return (Vec::new(), Ok(()));
+        };
+        self.counters.steps += 1;
+        match flight.collect(&mut *self.executor) {
+            Ok(found) => (self.commit(&flight, found), Ok(())),
+            Err(error) => (self.fail(&flight.extend, &error), Err(error)),
+        }
+    }
+
+    /// The next step with something to extend, if it need not wait for those in flight. Takes the
+    /// pages that it preempts.
+    fn plan_next(&mut self) -> Option<Plan> {
+        let ahead = self.is_in_flight();
+        if ahead && self.sequences.values().any(Sequence::is_held) {
+            return None;
+        }
         self.reuse_prefixes();
         let mut plan = self.plan();
-        if (plan.starved.is_some() || !plan.preempt.is_empty()) && self.release_imports() {
-            plan = self.plan();
+        if plan.starved.is_some() || !plan.preempt.is_empty() {
+            if ahead {
+                return None;
+            }
+            if self.release_imports() {
+                plan = self.plan();
+            }
         }
         self.starved = plan.starved;
-        let probes = self.prepare(&plan);
-        match self.execute(&plan, &probes) {
-            Ok(found) => (self.commit(&plan, &probes, found), Ok(())),
-            Err(error) => (self.fail(&plan, &error), Err(error)),
-        }
+        self.preempt(&plan.preempt);
+        (!plan.extend.is_empty()).then_some(plan)
     }
 
     /// Gives the sequences that this step may begin what the prefix cache has for them.
@@ -277,7 +324,7 @@ impl Engine {
                 id,
                 work: if self.followers.contains(&id) { 0 } else { self.work(sequence) },
                 prefilling: sequence.is_prefilling(),
-                computed: sequence.computed(),
+                computed: sequence.sent(),
                 pages: sequence.pages.len(),
                 exclusive: sequence.pages.exclusive(),
             })
@@ -290,14 +337,18 @@ impl Engine {
         scheduler::plan(&demands, budget)
     }
 
-    /// Moves pages as the plan says and asks each sequence what it wants to know.
-    fn prepare(&mut self, plan: &Plan) -> Vec<Vec<Probe>> {
-        for id in &plan.preempt {
+    fn preempt(&mut self, ids: &[SequenceId]) {
+        for id in ids {
             if let Some(sequence) = self.sequences.get_mut(id) {
                 self.counters.tokens_preempted += sequence.computed() as u64;
                 sequence.preempt();
             }
         }
+    }
+
+    /// Gives the sequences their pages, asks each what it wants to know, and hands the step over.
+    fn submit(&mut self, plan: &Plan) -> Result<(), ExecutorError> {
+        let page_size = self.limits.page_size;
         let mut probes = Vec::with_capacity(plan.extend.len());
         for extend in &plan.extend {
             let sequence = self.sequences.get_mut(&extend.id).expect("planned from this map");
@@ -307,56 +358,56 @@ impl Engine {
             }
             probes.push(sequence.probes(extend.tokens));
         }
-        probes
-    }
-
-    fn execute(
-        &mut self,
-        plan: &Plan,
-        probes: &[Vec<Probe>],
-    ) -> Result<Vec<Vec<Found>>, ExecutorError> {
-        let rows: Vec<_> = plan
-            .extend
-            .iter()
-            .zip(probes)
-            .map(|(extend, probes)| self.sequences[&extend.id].row(extend.tokens, probes))
-            .collect();
-        if rows.is_empty() {
-            return Ok(Vec::new());
+        let before = self.flights.back();
+        let (mut rows, mut written) = (Vec::with_capacity(plan.extend.len()), Vec::new());
+        for (extend, probes) in plan.extend.iter().zip(&probes) {
+            let sequence = &self.sequences[&extend.id];
+            let before = before.and_then(|flight| flight.place(extend.id));
+            let row = sequence.row(extend.tokens, probes, before);
+            let pages = row.start / page_size..row.end().div_ceil(page_size);
+            written.extend_from_slice(&sequence.pages.pages()[pages]);
+            rows.push(row);
         }
-        self.counters.steps += 1;
-        self.executor.execute(&rows)
+        let result = flight::submit(&mut *self.executor, &rows)?;
+        for (extend, probes) in plan.extend.iter().zip(&probes) {
+            let sequence = self.sequences.get_mut(&extend.id).expect("planned from this map");
+            sequence.send(extend.tokens, probes);
+        }
+        self.flights.push_back(Flight::new(plan.extend.clone(), probes, written, result));
+        Ok(())
     }
 
-    fn commit(
-        &mut self,
-        plan: &Plan,
-        probes: &[Vec<Probe>],
-        found: Vec<Vec<Found>>,
-    ) -> Vec<(SequenceId, Event)> {
+    fn commit(&mut self, flight: &Flight, found: Vec<Vec<Found>>) -> Vec<(SequenceId, Event)> {
+        let page_size = self.limits.page_size;
         let mut events = Vec::new();
-        for ((extend, probes), found) in plan.extend.iter().zip(probes).zip(found) {
+        for ((extend, probes), found) in flight.extend.iter().zip(&flight.probes).zip(found) {
+            let Some(sequence) = self.sequences.get_mut(&extend.id) else {
+                self.counters.tokens_overrun += extend.tokens as u64;
+                continue;
+            };
             self.counters.tokens_extended += extend.tokens as u64;
-            let sequence = self.sequences.get_mut(&extend.id).expect("planned from this map");
             let extended = sequence.computed() + extend.tokens;
             let happened = sequence.commit(extend.tokens, probes, found);
             self.counters.tokens_cut += extended.saturating_sub(sequence.computed()) as u64;
             // A draft that was cut leaves pages that hold nothing.
-            sequence.pages.truncate(sequence.computed().div_ceil(self.limits.page_size));
+            sequence.pages.truncate(sequence.sent().div_ceil(page_size));
             self.prefixes.insert(sequence.settled(), &sequence.pages);
-            follow(&mut self.exports, extend.id, sequence, self.limits.page_size);
+            follow(&mut self.exports, extend.id, sequence, page_size);
             events.extend(happened.into_iter().map(|event| (extend.id, event)));
             self.retire(extend.id);
         }
         events
     }
 
-    fn fail(&mut self, plan: &Plan, error: &ExecutorError) -> Vec<(SequenceId, Event)> {
-        let lost: Vec<SequenceId> = if error.fatal {
+    /// The sequences of a step are lost; all of them, if the executor is.
+    fn fail(&mut self, step: &[Extend], error: &ExecutorError) -> Vec<(SequenceId, Event)> {
+        let mut lost: Vec<SequenceId> = if error.fatal {
+            self.flights.clear();
             self.sequences.keys().copied().collect()
         } else {
-            plan.extend.iter().map(|extend| extend.id).collect()
+            step.iter().map(|extend| extend.id).collect()
         };
+        lost.retain(|id| self.sequences.contains_key(id));
         lost.into_iter()
             .map(|id| {
                 self.remove(id);

@@ -151,6 +151,7 @@ fn a_batch_that_reaches_outside_is_refused() {
         answer_start: 20,
         probes: &probes,
         sampling: &sampling,
+        pending: None,
     };
     let long = tokens(1, 200);
     let many = [headstart_engine::core::pages::PageId(1); 20];

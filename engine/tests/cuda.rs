@@ -11,10 +11,12 @@ use std::sync::{Arc, Once};
 
 use common::{Runner, fixtures, load, sample_at, target_at};
 use headstart_engine::core::pages::PageId;
+use headstart_engine::core::scheduler::SequenceId;
 use headstart_engine::executor::cuda::{self, CudaExecutor, CudaModel, CudaOptions, measure};
-use headstart_engine::executor::{Executor, Found, KvDtype, Probe, Row};
+use headstart_engine::executor::{Executor, ExecutorError, Found, KvDtype, Pipeline, Probe, Row};
 use headstart_engine::model::{ModelConfig, WeightDtype};
-use headstart_engine::{Sampling, TokenId};
+use headstart_engine::step::{Counters, Engine};
+use headstart_engine::{DraftPolicy, Event, Known, Limits, Request, Sampling, TokenId};
 use headstart_kernels::cuda::library;
 
 const MODELS: [&str; 6] =
@@ -183,6 +185,7 @@ fn decode_steps_are_recorded_on_their_second_run() {
             answer_start: 1,
             probes: &probes,
             sampling: &sampling,
+            pending: None,
         };
         let found = executor.execute(&[row]).expect("the batch is right");
         let token = found[0][0].sampled.expect("a sample was asked for").token;
@@ -228,7 +231,15 @@ fn extend(
     let everything = |i| Probe { position: i, target: Some(7), sample: true, top: 3 };
     let probes: Vec<Probe> = (start..context.len()).map(everything).collect();
     let answer_start = context.len();
-    let row = Row { context, start, pages, answer_start, probes: &probes, sampling: &sampling };
+    let row = Row {
+        context,
+        start,
+        pages,
+        answer_start,
+        probes: &probes,
+        sampling: &sampling,
+        pending: None,
+    };
     executor.execute(&[row]).expect("the batch is right").remove(0)
 }
 
@@ -297,6 +308,7 @@ fn a_batch_that_reaches_outside_is_refused() {
         answer_start: 0,
         probes: &probes,
         sampling: &sampling,
+        pending: None,
     };
     assert!(runner.executor.execute(&[good]).is_ok());
     let outside = [PageId(0), PageId(1 << 30)];
@@ -311,4 +323,183 @@ fn a_batch_that_reaches_outside_is_refused() {
         let error = runner.executor.execute(&[row]).expect_err("it reaches outside");
         assert!(!error.fatal && error.message.starts_with("row 0: "), "{error}");
     }
+}
+
+/// An executor that is not asked whether it pipelines.
+struct OneByOne(CudaExecutor);
+
+impl Executor for OneByOne {
+    fn limits(&self) -> Limits {
+        self.0.limits()
+    }
+
+    fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
+        self.0.execute(rows)
+    }
+}
+
+/// Requests of every kind, some with a draft, and what the engine tells of each.
+fn served(executor: Box<dyn Executor>) -> (Vec<Vec<Event>>, Counters) {
+    let mut engine = Engine::new(executor, 24);
+    let policy =
+        DraftPolicy { window: 3, threshold: 0.02, continue_complete: true, continue_empty: true };
+    let mut told = Vec::new();
+    for number in 0..9u32 {
+        let id = engine.add(Request {
+            prompt: tokens(number, 2 + 11 * number as usize % 50),
+            // Those with penalties are not planned ahead, and nobody while they are there.
+            max_tokens: if number % 4 == 3 { 2 } else { 12 + number as usize },
+            sampling: sampling(u64::from(number)),
+            // An eighth of the vocabulary, so that some answers stop.
+            stop_tokens: if number % 4 == 1 { (0..12).collect() } else { Arc::from([]) },
+            top_logprobs: number as usize % 3,
+            draft: (number % 4 == 2).then_some(policy),
+            known: Known::default(),
+        });
+        engine.push_draft(id, &tokens(100 + number, 5));
+        let events = engine.end_draft(id).into_iter().map(|(_, event)| event).collect();
+        told.push((id, events));
+        // One that is gone while it is in work.
+        if number == 4 {
+            let id = engine.add(Request {
+                prompt: tokens(70, 9),
+                max_tokens: 30,
+                sampling: Sampling::default(),
+                stop_tokens: Arc::from([]),
+                top_logprobs: 0,
+                draft: None,
+                known: Known::default(),
+            });
+            (0..5).for_each(|_| take(engine.step(), &mut told));
+            engine.remove(id);
+        }
+    }
+    while engine.has_work() {
+        take(engine.step(), &mut told);
+    }
+    assert_eq!(engine.pool().used(), 0, "nothing is held");
+    (told.into_iter().map(|(_, events)| whole(events)).collect(), engine.counters())
+}
+
+/// Scores that came in several events as if they had come in one: how a draft is cut into steps is a
+/// matter of timing.
+fn whole(events: Vec<Event>) -> Vec<Event> {
+    let mut whole: Vec<Event> = Vec::new();
+    for event in events {
+        match (whole.last_mut(), event) {
+            (
+                Some(Event::Read { scores, decision, .. }),
+                Event::Read { scores: more, decision: decided, .. },
+            ) => {
+                scores.extend(more);
+                *decision = decided;
+            }
+            (_, event) => whole.push(event),
+        }
+    }
+    whole
+}
+
+type Stepped = (Vec<(SequenceId, Event)>, Result<(), ExecutorError>);
+
+fn take((events, result): Stepped, told: &mut [(SequenceId, Vec<Event>)]) {
+    result.expect("the device is well");
+    for (id, event) in events {
+        if let Some((_, events)) = told.iter_mut().find(|(other, _)| *other == id) {
+            events.push(event);
+        }
+    }
+}
+
+/// Steps that are submitted before the last one is collected, with tokens that the host does not know
+/// yet, tell the same, bit for bit.
+#[test]
+fn pipelined_steps_give_the_same_answers() {
+    for name in ["qwen3", "mistral-window"] {
+        let model = on_cuda(&fixtures().join("tiny").join(name), WeightDtype::F32);
+        let executor = || {
+            let options = CudaOptions { kv_tokens: 1024, ..CudaOptions::default() };
+            CudaExecutor::new(model.clone(), &options).expect("options are right")
+        };
+        let (expected, plain) = served(Box::new(OneByOne(executor())));
+        let (told, pipelined) = served(Box::new(executor()));
+        for (request, (told, expected)) in told.iter().zip(&expected).enumerate() {
+            assert_eq!(told, expected, "{name}, request {request}");
+        }
+        assert_eq!(plain.tokens_overrun, 0);
+        println!("{name}: {plain:?} {pipelined:?}");
+        assert!(pipelined.tokens_overrun > 0, "some row was too many: {pipelined:?}");
+        assert_eq!(pipelined.tokens_extended, plain.tokens_extended, "{name}");
+    }
+}
+
+/// A row whose token is not known here, recorded and not, and what is refused.
+#[test]
+fn a_row_follows_on_a_batch_that_is_in_flight() {
+    let model = on_cuda(&fixtures().join("tiny/qwen3"), WeightDtype::F32);
+    let options = CudaOptions { kv_tokens: 512, ..CudaOptions::default() };
+    let executor = || CudaExecutor::new(model.clone(), &options).expect("options are right");
+    let (prompts, draws) = ([tokens(1, 20), tokens(2, 3)], [sampling(0), sampling(1)]);
+    let pages = [[0, 1, 2, 3, 4].map(PageId), [9, 8, 7, 6, 5].map(PageId)];
+    // The answer of each, as far as it is known; `steps` rows behind the prompt.
+    let write = |ahead: bool, steps: usize| {
+        let mut executor = executor();
+        let mut texts = prompts.clone();
+        let mut found: Vec<Vec<Vec<Found>>> = Vec::new();
+        let take = |texts: &mut [Vec<TokenId>; 2], all: &[Vec<Found>]| {
+            for (text, found) in texts.iter_mut().zip(all) {
+                text.push(found[0].sampled.expect("was asked for").token);
+            }
+        };
+        for step in 0..=steps {
+            let pending = ahead && step > 0;
+            let ends = [0, 1].map(|i| prompts[i].len() + step);
+            let probes = ends.map(|end| [Probe { top: 2, ..sample_at(end - 1) }]);
+            let rows = [0, 1].map(|i| Row {
+                context: &texts[i],
+                start: if step == 0 { 0 } else { ends[i] - 1 },
+                pages: &pages[i],
+                answer_start: prompts[i].len(),
+                probes: &probes[i],
+                sampling: &draws[i],
+                pending: pending.then_some(i),
+            });
+            executor.submit(&rows).expect("the batch is right");
+            if pending || !ahead {
+                let all = executor.collect().expect("the device is well");
+                take(&mut texts, &all);
+                found.push(all);
+            }
+        }
+        if ahead {
+            assert!(executor.execute(&[]).is_err_and(|e| !e.fatal), "a batch is in flight");
+            found.push(executor.collect().expect("the device is well"));
+        }
+        assert!(executor.collect().is_err_and(|e| !e.fatal), "nothing is in flight");
+        (found, executor.graphs())
+    };
+    let (expected, _) = write(false, 7);
+    let (found, graphs) = write(true, 7);
+    assert_eq!(found, expected);
+    assert_eq!(graphs, 1, "steps were recorded");
+
+    let mut executor = executor();
+    let probes = [sample_at(19)];
+    let row = Row {
+        context: &prompts[0],
+        start: 0,
+        pages: &pages[0],
+        answer_start: 20,
+        probes: &probes,
+        sampling: &draws[0],
+        pending: None,
+    };
+    let next = Row { start: 20, probes: &[], pending: Some(0), ..row };
+    assert!(executor.submit(&[next]).is_err_and(|e| !e.fatal), "nothing is behind it");
+    executor.submit(&[row]).expect("the batch is right");
+    assert!(executor.submit(&[Row { pending: Some(1), ..next }]).is_err_and(|e| !e.fatal));
+    executor.submit(&[next]).expect("the batch is right");
+    assert!(executor.submit(&[row]).is_err_and(|e| !e.fatal), "two are in flight");
+    assert_eq!(executor.collect().expect("the first").len(), 1);
+    assert_eq!(executor.collect().expect("the second"), [Vec::new()]);
 }

@@ -246,6 +246,7 @@ fn runs(model: Model) -> bool {
         answer_start: 3,
         probes: &[sample_at(1), sample_at(2)],
         sampling: &sampling,
+        pending: None,
     };
     executor.execute(&[row]).is_ok()
 }
@@ -277,6 +278,7 @@ fn weights_that_are_not_numbers_fail_the_batch_not_the_process() {
         answer_start: 2,
         probes: &[sample_at(1)],
         sampling: &sampling,
+        pending: None,
     };
     let error = executor.execute(&[row]).unwrap_err();
     assert!(error.to_string().contains("not finite") && !error.fatal, "{error}");

@@ -201,6 +201,7 @@ fn a_lost_process_fails_the_step_for_good_and_is_named() {
         answer_start: 0,
         probes: &[],
         sampling: &sampling,
+        pending: None,
     };
     let error = runner.executor.execute(&[row]).expect_err("a rank is gone");
     assert!(error.fatal);

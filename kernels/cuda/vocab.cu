@@ -258,3 +258,20 @@ KERNEL(512, sample_tokens, const float* logits, u32 vocab, const SampleArgs* arg
         }
     }
 }
+
+/// `tokens[pairs[2 * i]] = kept[pairs[2 * i + 1]]`; what is no token becomes 0.
+KERNEL(128, take_tokens, u32* tokens, const u32* pairs, u32 count, const u32* kept, u32 vocab) {
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    u32 token = kept[pairs[2 * i + 1]];
+    tokens[pairs[2 * i]] = token < vocab ? token : 0;
+}
+
+/// Keeps chosen tokens: entry `i` of `list` names its place, where the token is, and whether that is
+/// a place in `sampled` or a row of `found`.
+KERNEL(128, keep_tokens, const u32* list, u32 count, const float* found, const u32* sampled, u32* kept) {
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    u32 place = list[3 * i], at = list[3 * i + 1], drawn = list[3 * i + 2];
+    kept[place] = drawn ? sampled[2 * at] : __float_as_uint(found[4 * at]);
+}

@@ -49,7 +49,9 @@ impl Sampling {
         self.temperature == 0.0 && !self.has_penalties()
     }
 
-    fn has_penalties(&self) -> bool {
+    /// Whether the tokens of the answer so far have a say.
+    #[must_use]
+    pub fn has_penalties(&self) -> bool {
         self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 }

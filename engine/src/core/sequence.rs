@@ -6,6 +6,11 @@
 //! last known token back until the next one, or the end of the draft, is known: this way no
 //! position is ever computed twice.
 //!
+//! On an executor that pipelines, rows of a sequence may be *in flight*: sent, and not committed. The
+//! next row goes behind them if nothing that they find can change it: prefill always may, and what is
+//! written goes on from the token that is not known yet, without penalties, which would have to count
+//! it. A row that scores a draft is waited for.
+//!
 //! An answer that was begun in another engine goes on here: its [`Known`] tokens follow the prompt
 //! as if they had been read or written here, so positions, penalties and the switch rule are what
 //! they would have been.
@@ -147,6 +152,10 @@ pub struct Sequence {
     /// Tokens of the answer that were known from the start.
     known_len: usize,
     computed: usize,
+    /// Tokens that rows in flight extend.
+    in_flight: usize,
+    /// Rows in flight with probes.
+    asked: usize,
     max_tokens: usize,
     sampling: Sampling,
     stop_tokens: Arc<[TokenId]>,
@@ -182,6 +191,8 @@ impl Sequence {
             known_len,
             tokens,
             computed: 0,
+            in_flight: 0,
+            asked: 0,
             max_tokens: request.max_tokens,
             sampling: request.sampling,
             stop_tokens: request.stop_tokens,
@@ -195,6 +206,12 @@ impl Sequence {
     #[must_use]
     pub fn computed(&self) -> usize {
         self.computed
+    }
+
+    /// [`Self::computed`], with what is in flight: where the next row begins.
+    #[must_use]
+    pub fn sent(&self) -> usize {
+        self.computed + self.in_flight
     }
 
     /// The tokens whose KV is in the pages, undecided draft tokens included.
@@ -220,13 +237,36 @@ impl Sequence {
     pub fn work(&self) -> usize {
         let ready = match &self.phase {
             Phase::Finished => 0,
+            Phase::Writing if self.asked > 0 => return usize::from(self.writes_on_unseen()),
+            Phase::Reading(_) if self.asked > 0 => 0,
             Phase::Writing => self.tokens.len(),
             Phase::Reading(reading) if reading.complete && self.continues_after(reading) => {
                 self.tokens.len()
             }
             Phase::Reading(_) => self.tokens.len() - 1,
         };
-        ready.saturating_sub(self.computed)
+        ready.saturating_sub(self.sent())
+    }
+
+    /// Whether what is in flight must be committed before its next row, and there will be one.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        match &self.phase {
+            _ if self.asked == 0 => false,
+            Phase::Finished => false,
+            Phase::Writing => self.goes_on_unseen() && !self.writes_on_unseen(),
+            Phase::Reading(reading) => reading.complete || self.sent() < self.tokens.len() - 1,
+        }
+    }
+
+    /// Whether the limit leaves room behind the token that is being sampled.
+    fn goes_on_unseen(&self) -> bool {
+        self.answer_len() + self.asked < self.max_tokens
+    }
+
+    /// Whether the token that is being sampled can be extended before it is known.
+    fn writes_on_unseen(&self) -> bool {
+        self.asked == 1 && self.goes_on_unseen() && !self.sampling.has_penalties()
     }
 
     /// Whether somebody else is to begin this answer and has not yet.
@@ -239,7 +279,7 @@ impl Sequence {
     /// Whether nobody waits for the very next token: the prompt, or a recomputation, is under way.
     #[must_use]
     pub fn is_prefilling(&self) -> bool {
-        self.computed < self.first_probe()
+        self.sent() < self.first_probe()
     }
 
     /// Takes draft tokens. What exceeds `max_tokens`, or comes after a decision, is dropped.
@@ -267,14 +307,15 @@ impl Sequence {
     /// but for those whose results are still wanted. Empty once something is computed.
     #[must_use]
     pub fn reusable(&self) -> &[TokenId] {
-        if self.computed == 0 { &self.tokens[..self.first_probe()] } else { &[] }
+        if self.sent() == 0 { &self.tokens[..self.first_probe()] } else { &[] }
     }
 
     /// The tokens whose KV this sequence is about to put into the prefix cache, and how many of them
     /// it has computed; none unless it is prefilling.
     #[must_use]
     pub fn prefilling(&self) -> (&[TokenId], usize) {
-        let end = if self.is_prefilling() { self.first_probe().min(self.prompt_len) } else { 0 };
+        let prefilling = self.computed < self.first_probe();
+        let end = if prefilling { self.first_probe().min(self.prompt_len) } else { 0 };
         (&self.tokens[..end], self.computed.min(end))
     }
 
@@ -299,6 +340,7 @@ impl Sequence {
 
     /// Forgets all KV, to be recomputed. No result that was given is given again.
     pub fn preempt(&mut self) {
+        debug_assert_eq!(self.in_flight, 0, "what is in flight is committed first");
         self.computed = 0;
         self.pages.truncate(0);
     }
@@ -306,8 +348,8 @@ impl Sequence {
     /// The probes for the next `count` tokens.
     #[must_use]
     pub fn probes(&self, count: usize) -> Vec<Probe> {
-        let end = self.computed + count;
-        (self.first_probe().max(self.computed)..end)
+        let end = self.sent() + count;
+        (self.first_probe().max(self.sent())..end)
             .map(|position| {
                 let target = match self.phase {
                     Phase::Reading(_) => self.tokens.get(position + 1).copied(),
@@ -318,22 +360,33 @@ impl Sequence {
             .collect()
     }
 
-    /// The executor's row for the next `count` tokens, with the probes of [`Self::probes`].
+    /// The executor's row for the next `count` tokens, with the probes of [`Self::probes`]. `before`
+    /// is the place of its row in the batch before, if it has one there.
     #[must_use]
-    pub fn row<'a>(&'a self, count: usize, probes: &'a [Probe]) -> Row<'a> {
+    pub fn row<'a>(&'a self, count: usize, probes: &'a [Probe], before: Option<usize>) -> Row<'a> {
+        let end = self.sent() + count;
         Row {
-            context: &self.tokens[..self.computed + count],
-            start: self.computed,
+            context: &self.tokens[..end.min(self.tokens.len())],
+            start: self.sent(),
             pages: self.pages.ids(),
             answer_start: self.prompt_len,
             probes,
             sampling: &self.sampling,
+            pending: before.filter(|_| end > self.tokens.len()),
         }
     }
 
-    /// Takes the results of `count` extended tokens.
+    /// The row for the next `count` tokens is in flight.
+    pub fn send(&mut self, count: usize, probes: &[Probe]) {
+        self.in_flight += count;
+        self.asked += usize::from(!probes.is_empty());
+    }
+
+    /// Takes the results of the oldest row in flight, which extended `count` tokens.
     pub fn commit(&mut self, count: usize, probes: &[Probe], found: Vec<Found>) -> Vec<Event> {
         self.computed += count;
+        self.in_flight -= count;
+        self.asked -= usize::from(!probes.is_empty());
         let mut events = Vec::new();
         let mut answers = probes.iter().zip(found);
         let Phase::Reading(reading) = &mut self.phase else {

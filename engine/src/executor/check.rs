@@ -10,15 +10,36 @@ fn refused(message: String) -> ExecutorError {
 impl Limits {
     /// Refuses a batch that would reach outside the model or the pool.
     pub(super) fn check(&self, rows: &[Row<'_>]) -> Result<(), ExecutorError> {
+        self.check_behind(rows, &[])
+    }
+
+    /// [`Self::check`] for a batch behind another one, of which `sampled` says whether each row
+    /// samples at its last probe.
+    pub(super) fn check_behind(
+        &self,
+        rows: &[Row<'_>],
+        sampled: &[bool],
+    ) -> Result<(), ExecutorError> {
         let checked = rows.iter().enumerate().map(|(index, row)| {
-            self.check_row(row).map_err(|what| refused(format!("row {index}: {what}")))
+            self.check_row(row, sampled).map_err(|what| refused(format!("row {index}: {what}")))
         });
         checked.collect()
     }
 
-    fn check_row(&self, row: &Row<'_>) -> Result<(), String> {
+    fn check_row(&self, row: &Row<'_>, sampled: &[bool]) -> Result<(), String> {
         let Self { vocab_size, context_length, page_size, pages } = *self;
-        let len = row.context.len();
+        if let Some(before) = row.pending {
+            if sampled.get(before) != Some(&true) {
+                return Err(format!("row {before} of the batch before samples no token"));
+            }
+            if row.start != row.context.len() {
+                return Err(format!("known new tokens before a pending one: {}", row.start));
+            }
+            if row.sampling.has_penalties() {
+                return Err("penalties cannot count a pending token".into());
+            }
+        }
+        let len = row.end();
         if row.start >= len {
             return Err(format!("no new tokens: start {} of {len}", row.start));
         }
@@ -72,6 +93,38 @@ mod tests {
     use crate::executor::Probe;
 
     #[test]
+    fn a_pending_token_is_one_that_the_batch_before_samples() {
+        let limits = Limits { vocab_size: 10, context_length: 8, page_size: 4, pages: 3 };
+        let penalised = Sampling { presence_penalty: 0.5, ..Sampling::default() };
+        let sampling = Sampling::default();
+        /// Known tokens, start, pages, sampling, the row before, and what is said.
+        type Case<'a> = (usize, usize, usize, &'a Sampling, usize, &'a str);
+        let cases: [Case<'_>; 7] = [
+            (3, 3, 1, &sampling, 1, ""),
+            (3, 3, 1, &sampling, 0, "row 0 of the batch before"),
+            (3, 3, 1, &sampling, 2, "row 2 of the batch before"),
+            (3, 2, 1, &sampling, 1, "before a pending one"),
+            (4, 4, 1, &sampling, 1, "1 pages do not hold 5 tokens"),
+            (8, 8, 3, &sampling, 1, "context length"),
+            (3, 3, 1, &penalised, 1, "penalties"),
+        ];
+        for (known, start, pages, sampling, before, expected) in cases {
+            let pages: Vec<PageId> = (0..pages as u32).map(PageId).collect();
+            let (context, pending) = (vec![1; known], Some(before));
+            let probes = [Probe { position: known, target: None, sample: true, top: 0 }];
+            let (context, pages, probes) = (&context[..], &pages[..], &probes[..]);
+            let row = Row { context, start, pages, answer_start: 0, probes, sampling, pending };
+            match limits.check_behind(&[row], &[false, true]) {
+                Ok(()) => assert_eq!(expected, ""),
+                Err(error) => {
+                    assert!(error.message.contains(expected) && !expected.is_empty(), "{error}");
+                }
+            }
+            assert!(limits.check(&[row]).is_err(), "alone it is nothing");
+        }
+    }
+
+    #[test]
     fn a_batch_stays_inside_the_model_and_the_pool() {
         let limits = Limits { vocab_size: 10, context_length: 8, page_size: 4, pages: 3 };
         let sampling = Sampling::default();
@@ -92,7 +145,8 @@ mod tests {
         for (context, start, pages, probes, expected) in cases {
             let pages: Vec<PageId> = pages.iter().copied().map(PageId).collect();
             let (pages, sampling) = (&pages[..], &sampling);
-            let row = Row { context, start, pages, answer_start: 0, probes, sampling };
+            let row =
+                Row { context, start, pages, answer_start: 0, probes, sampling, pending: None };
             match limits.check(&[row]) {
                 Ok(()) => assert_eq!(expected, ""),
                 Err(error) => {

@@ -1,12 +1,14 @@
 //! An executor without a model: deterministic tokens, settable latency. It lets a whole cluster run
 //! in a test.
 
+mod pipeline;
+
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::{
-    Executor, ExecutorError, Found, KvDtype, KvFormat, KvLayout, Limits, ModelHash, PageId, Row,
-    Scored, TokenId,
+    Executor, ExecutorError, Found, KvDtype, KvFormat, KvLayout, Limits, ModelHash, PageId,
+    Pipeline, Row, Scored, TokenId,
 };
 use crate::core::sampling::{Sampling, Scratch, sample};
 
@@ -31,6 +33,8 @@ pub struct FakeOptions {
     pub gate: Option<Arc<Gate>>,
     /// Tensor-parallel ranks that its pages look like they come from.
     pub tp: usize,
+    /// It takes a step before the last one is collected, as a GPU does.
+    pub pipelines: bool,
 }
 
 impl Default for FakeOptions {
@@ -45,6 +49,7 @@ impl Default for FakeOptions {
             token_latency: Duration::ZERO,
             gate: None,
             tp: 1,
+            pipelines: false,
         }
     }
 }
@@ -123,6 +128,7 @@ pub struct FakeExecutor {
     options: FakeOptions,
     /// `[page][slot]`, see [`extended`]; [`EMPTY`]: never written.
     slots: Vec<u32>,
+    queue: pipeline::Queue,
 }
 
 impl FakeExecutor {
@@ -133,7 +139,7 @@ impl FakeExecutor {
     #[must_use]
     pub fn new(options: FakeOptions) -> Self {
         let Limits { pages, page_size, .. } = options.limits;
-        Self { slots: vec![EMPTY; pages * page_size], options }
+        Self { slots: vec![EMPTY; pages * page_size], options, queue: pipeline::Queue::default() }
     }
 
     /// The token that the fake says after `context`: a function of its last eight tokens.
@@ -193,21 +199,11 @@ impl Executor for FakeExecutor {
     }
 
     fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
-        if let Some(gate) = &self.options.gate {
-            gate.wait();
-        }
-        let tokens: usize = rows.iter().map(|row| row.context.len() - row.start).sum();
-        let time = self.options.step_latency + self.options.token_latency * tokens as u32;
-        if !time.is_zero() {
-            std::thread::sleep(time);
-        }
-        for (index, row) in rows.iter().enumerate() {
-            self.keep(row).map_err(|what| {
-                let message = format!("row {index}: {what}");
-                ExecutorError { message, fatal: false }
-            })?;
-        }
-        Ok(rows.iter().map(|row| self.answer(row)).collect())
+        self.extend(rows)
+    }
+
+    fn pipeline(&mut self) -> Option<&mut dyn Pipeline> {
+        if self.options.pipelines { Some(self) } else { None }
     }
 
     fn kv_format(&self) -> Option<KvFormat> {
@@ -221,6 +217,7 @@ impl Executor for FakeExecutor {
     }
 
     fn read_page(&mut self, page: PageId, out: &mut Vec<u8>) -> Result<(), ExecutorError> {
+        self.catch_up();
         let layout = self.layout();
         out.clear();
         let slots = &self.slots[page.0 as usize * layout.page_size..][..layout.page_size];
@@ -235,6 +232,7 @@ impl Executor for FakeExecutor {
             let message = format!("expected a page of {expected} bytes, found {found}");
             return Err(ExecutorError { message, fatal: false });
         }
+        self.catch_up();
         let tokens = &mut self.slots[page.0 as usize * layout.page_size..][..layout.page_size];
         tokens.fill(EMPTY);
         let mut elements = data.as_chunks::<4>().0.iter();
@@ -299,6 +297,25 @@ impl FakeExecutor {
             dtype: KvDtype::F32,
             tp: (*tp).max(1),
         }
+    }
+
+    /// Extends every row, in its time, and answers its probes.
+    fn extend(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
+        if let Some(gate) = &self.options.gate {
+            gate.wait();
+        }
+        let tokens: usize = rows.iter().map(|row| row.context.len() - row.start).sum();
+        let time = self.options.step_latency + self.options.token_latency * tokens as u32;
+        if !time.is_zero() {
+            std::thread::sleep(time);
+        }
+        for (index, row) in rows.iter().enumerate() {
+            self.keep(row).map_err(|what| {
+                let message = format!("row {index}: {what}");
+                ExecutorError { message, fatal: false }
+            })?;
+        }
+        Ok(rows.iter().map(|row| self.answer(row)).collect())
     }
 
     /// Checks the KV that a row builds on, and adds that of its new tokens.

@@ -41,22 +41,33 @@ pub struct Probe {
     pub top: usize,
 }
 
-/// New tokens of one sequence: `context[start..]` are extended into its KV pages.
+/// New tokens of one sequence: those from `start` on are extended into its KV pages.
 #[derive(Clone, Copy, Debug)]
 pub struct Row<'a> {
-    /// Every token of the sequence, the new ones at the end.
+    /// Every known token of the sequence, the new ones at the end.
     pub context: &'a [TokenId],
     /// The position of the first new token; KV for `0..start` is in the pages already.
     pub start: usize,
-    /// The sequence's page table; it covers `context.len()` positions.
+    /// The sequence's page table; it covers the positions up to [`Row::end`].
     pub pages: &'a [PageId],
     /// Where the answer begins in `context`: penalties count `context[answer_start..]`, and the
     /// sampler's position is `position + 1 - answer_start`.
     pub answer_start: usize,
-    /// Ascending positions in `start..context.len()`.
+    /// Ascending positions in `start..end()`.
     pub probes: &'a [Probe],
     /// How tokens are sampled.
     pub sampling: &'a Sampling,
+    /// Set: the one new token is not known here yet and comes behind `context`. It is what the last
+    /// probe of this row of the batch submitted before samples; see [`Pipeline`].
+    pub pending: Option<usize>,
+}
+
+impl Row<'_> {
+    /// Where its new tokens end.
+    #[must_use]
+    pub fn end(&self) -> usize {
+        self.context.len() + usize::from(self.pending.is_some())
+    }
 }
 
 /// A token with its natural-log probability under the model's raw distribution.
@@ -106,6 +117,11 @@ pub trait Executor: Send {
     /// [`ExecutorError`] when the device fails.
     fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError>;
 
+    /// How batches are handed over without waiting for them, if it works while its host goes on.
+    fn pipeline(&mut self) -> Option<&mut dyn Pipeline> {
+        None
+    }
+
     /// What its pages are to other executors. `None`: they cannot leave it.
     fn kv_format(&self) -> Option<KvFormat> {
         None
@@ -133,4 +149,32 @@ pub trait Executor: Send {
         let _ = (page, data);
         Err(ExecutorError { message: "pages cannot be written here".into(), fatal: false })
     }
+}
+
+/// Batches that a [`Pipeline`] holds at most.
+pub const IN_FLIGHT_MAX: usize = 2;
+
+/// An executor that works while its host goes on: what [`Executor::execute`] does in one call is
+/// submitted and collected here.
+///
+/// Batches run, and are collected, in the order in which they were submitted; a page read or written
+/// between two of them is so between them. At most [`IN_FLIGHT_MAX`] are in flight, which means
+/// submitted and not collected. A page that a batch in flight writes belongs to its sequence: no other
+/// one may be given it before the batch is collected.
+///
+/// A row may follow on one of the batch before, its sequence's, although nobody knows yet what that
+/// one sampled: [`Row::pending`]. Its results are the same as if its token had been known.
+pub trait Pipeline {
+    /// Takes a batch, as [`Executor::execute`] does, and returns before it is done.
+    ///
+    /// # Errors
+    /// [`ExecutorError`]: the batch is not in flight; those before it are.
+    fn submit(&mut self, rows: &[Row<'_>]) -> Result<(), ExecutorError>;
+
+    /// Waits for the oldest batch in flight, and tells what was found as [`Executor::execute`] does.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] when the device failed, or nothing is in flight. The batch is not in flight
+    /// any more; those behind it are, unless the error is fatal.
+    fn collect(&mut self) -> Result<Vec<Vec<Found>>, ExecutorError>;
 }

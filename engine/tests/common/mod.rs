@@ -102,6 +102,7 @@ impl Runner {
                 answer_start: s.answer_start,
                 probes,
                 sampling: &s.sampling,
+                pending: None,
             })
             .collect();
         let found = self.executor.execute(&rows).expect("the batch is right");

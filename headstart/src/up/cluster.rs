@@ -324,6 +324,7 @@ fn total(engines: &[EngineHandle]) -> EngineStats {
             tokens_reused: sum.counters.tokens_reused + one.counters.tokens_reused,
             tokens_preempted: sum.counters.tokens_preempted + one.counters.tokens_preempted,
             tokens_cut: sum.counters.tokens_cut + one.counters.tokens_cut,
+            tokens_overrun: sum.counters.tokens_overrun + one.counters.tokens_overrun,
         },
     })
 }

@@ -1,10 +1,13 @@
 // The parts of the CUDA driver, cublasLt and NVRTC that this project calls, over emulated kernels.
 // Built as one library under three names, it lets tests drive the real loading, launching, capturing
-// and planning code. Work runs at once, on the caller's thread; captured work runs when its graph
-// does. Device addresses are host addresses.
+// and planning code. Work runs as late as it may: when somebody waits for it, on the waiting thread.
+// So results that are looked at too early are not there, and page-locked memory that is overwritten
+// too early is read overwritten. Captured work runs when its graph does. Device addresses are host
+// addresses.
 #include "device.hpp"
 
 #include <csignal>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <sys/mman.h>
@@ -195,6 +198,12 @@ struct Graph {
 };
 struct Stream {
     Graph* capturing = nullptr;
+    std::deque<std::function<void()>> queue;
+    u64 done = 0;
+};
+struct Event {
+    Stream* stream = nullptr;
+    u64 at = 0;
 };
 struct Allocation {
     void* map;
@@ -202,17 +211,40 @@ struct Allocation {
 };
 static std::mutex allocations_lock;
 static std::map<u64, Allocation> allocations;
+/// Page-locked memory of the host.
+static std::map<u64, size_t> pinned;
 static const size_t TOTAL = 4ull << 30;
 static size_t used;
 
+/// Work of all streams is done by one thread at a time.
+static std::recursive_mutex streams_lock;
+static std::vector<Stream*> streams;
+/// Work that waits at most: the rest is memory's.
+static const size_t QUEUE_MAX = 1 << 14;
+
+/// Does the stream's work until so much of it is done.
+static void run_until(Stream* stream, u64 count) {
+    std::lock_guard<std::recursive_mutex> hold(streams_lock);
+    while (stream->done < count && !stream->queue.empty()) {
+        auto work = std::move(stream->queue.front());
+        stream->queue.pop_front();
+        work();
+        stream->done++;
+    }
+}
+static void run_all(Stream* stream) { run_until(stream, ~0ull); }
+/// For what waits for the whole device.
+static void run_everything() {
+    std::lock_guard<std::recursive_mutex> hold(streams_lock);
+    for (auto stream : streams) run_all(stream);
+}
 static int enqueue(void* stream, std::function<void()> work) {
     auto s = (Stream*)stream;
     if (!s) return INVALID_VALUE;
-    if (s->capturing) {
-        s->capturing->work.push_back(std::move(work));
-    } else {
-        work();
-    }
+    if (s->capturing) return s->capturing->work.push_back(std::move(work)), SUCCESS;
+    std::lock_guard<std::recursive_mutex> hold(streams_lock);
+    s->queue.push_back(std::move(work));
+    if (s->queue.size() > QUEUE_MAX) run_all(s);
     return SUCCESS;
 }
 /// Whether `bytes` from `address` lie in one allocation.
@@ -222,6 +254,14 @@ static bool inside(u64 address, size_t bytes) {
     if (at == allocations.begin()) return false;
     --at;
     return address + bytes <= at->first + at->second.bytes;
+}
+/// Whether they lie in page-locked memory.
+static bool is_pinned(const void* address, size_t bytes) {
+    std::lock_guard<std::mutex> hold(allocations_lock);
+    auto at = pinned.upper_bound((u64)address);
+    if (at == pinned.begin()) return false;
+    --at;
+    return (u64)address + bytes <= at->first + at->second;
 }
 
 API cuInit(u32) { return SUCCESS; }
@@ -266,6 +306,7 @@ API cuMemAlloc_v2(u64* address, size_t bytes) {
     return SUCCESS;
 }
 API cuMemFree_v2(u64 address) {
+    run_everything();
     std::lock_guard<std::mutex> hold(allocations_lock);
     auto at = allocations.find(address);
     if (at == allocations.end()) return INVALID_VALUE;
@@ -274,13 +315,30 @@ API cuMemFree_v2(u64 address) {
     allocations.erase(at);
     return SUCCESS;
 }
+API cuMemHostAlloc(void** address, size_t bytes, u32) {
+    if (!bytes || !(*address = malloc(bytes))) return OUT_OF_MEMORY;
+    memset(*address, 0xff, bytes);
+    std::lock_guard<std::mutex> hold(allocations_lock);
+    pinned[(u64)*address] = bytes;
+    return SUCCESS;
+}
+API cuMemFreeHost(void* address) {
+    std::lock_guard<std::mutex> hold(allocations_lock);
+    if (!pinned.erase((u64)address)) return INVALID_VALUE;
+    return free(address), SUCCESS;
+}
+// Memory that is not page-locked is the caller's again when the call returns.
 API cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t bytes, void* stream) {
     if (!inside(to, bytes)) return INVALID_VALUE;
-    return enqueue(stream, [=] { memcpy((void*)to, from, bytes); });
+    int taken = enqueue(stream, [=] { memcpy((void*)to, from, bytes); });
+    if (taken == SUCCESS && !is_pinned(from, bytes)) run_all((Stream*)stream);
+    return taken;
 }
 API cuMemcpyDtoHAsync_v2(void* to, u64 from, size_t bytes, void* stream) {
     if (!inside(from, bytes)) return INVALID_VALUE;
-    return enqueue(stream, [=] { memcpy(to, (void*)from, bytes); });
+    int taken = enqueue(stream, [=] { memcpy(to, (void*)from, bytes); });
+    if (taken == SUCCESS && !is_pinned(to, bytes)) run_all((Stream*)stream);
+    return taken;
 }
 API cuMemcpyDtoDAsync_v2(u64 to, u64 from, size_t bytes, void* stream) {
     if (!inside(from, bytes) || !inside(to, bytes)) return INVALID_VALUE;
@@ -291,9 +349,21 @@ API cuMemsetD8Async(u64 to, u8 value, size_t bytes, void* stream) {
     return enqueue(stream, [=] { memset((void*)to, value, bytes); });
 }
 
-API cuStreamCreate(void** stream, u32) { return *stream = new Stream, SUCCESS; }
-API cuStreamDestroy_v2(void* stream) { return delete (Stream*)stream, SUCCESS; }
-API cuStreamSynchronize(void*) { return SUCCESS; }
+API cuStreamCreate(void** stream, u32) {
+    std::lock_guard<std::recursive_mutex> hold(streams_lock);
+    streams.push_back(new Stream);
+    return *stream = streams.back(), SUCCESS;
+}
+API cuStreamDestroy_v2(void* stream) {
+    std::lock_guard<std::recursive_mutex> hold(streams_lock);
+    run_all((Stream*)stream);
+    for (auto& each : streams) {
+        if (each == stream) each = streams.back();
+    }
+    streams.pop_back();
+    return delete (Stream*)stream, SUCCESS;
+}
+API cuStreamSynchronize(void* stream) { return run_all((Stream*)stream), SUCCESS; }
 API cuStreamBeginCapture_v2(void* stream, int) {
     return ((Stream*)stream)->capturing = new Graph, SUCCESS;
 }
@@ -312,10 +382,21 @@ API cuGraphLaunch(void* exec, void* stream) {
 }
 API cuGraphDestroy(void* graph) { return delete (Graph*)graph, SUCCESS; }
 API cuGraphExecDestroy(void* exec) { return delete (Graph*)exec, SUCCESS; }
-API cuEventCreate(void** event, u32) { return *event = new int, SUCCESS; }
-API cuEventDestroy_v2(void* event) { return delete (int*)event, SUCCESS; }
-API cuEventRecord(void*, void*) { return SUCCESS; }
-API cuEventSynchronize(void*) { return SUCCESS; }
+API cuEventCreate(void** event, u32) { return *event = new Event, SUCCESS; }
+API cuEventDestroy_v2(void* event) { return delete (Event*)event, SUCCESS; }
+API cuEventRecord(void* event, void* stream) {
+    auto s = (Stream*)stream;
+    // An event of a recording cannot be waited for.
+    if (!s || s->capturing) return INVALID_VALUE;
+    std::lock_guard<std::recursive_mutex> hold(streams_lock);
+    *(Event*)event = {s, s->done + s->queue.size()};
+    return SUCCESS;
+}
+API cuEventSynchronize(void* event) {
+    auto e = (Event*)event;
+    if (e->stream) run_until(e->stream, e->at);
+    return SUCCESS;
+}
 API cuEventElapsedTime_v2(float* ms, void*, void*) { return *ms = 1.f, SUCCESS; }
 
 API cuModuleLoadData(void** module, const void* image) {

@@ -2,6 +2,7 @@
 
 use super::device::{CudaError, Device};
 use super::memory::Buffer;
+use super::pinned::Pinned;
 
 /// New tokens of one sequence, neighbours in the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,9 @@ pub struct Batch {
     pub probes: Vec<u32>,
     /// The token whose logit is reported at each probe; `u32::MAX` for none.
     pub targets: Vec<u32>,
+    /// Rows whose token is not known here, each with its place among the tokens that were kept
+    /// ([`Device::take_tokens`]).
+    pub pending: Vec<(u32, u32)>,
 }
 
 impl Batch {
@@ -69,6 +73,7 @@ impl Batch {
             assert!(!std::mem::replace(&mut seen[*probe as usize], true), "batch: a probe twice");
         }
         assert_eq!(self.probes.len(), self.targets.len(), "batch: probes and targets");
+        assert!(self.pending.iter().all(|p| (p.0 as usize) < rows), "batch: a pending row");
     }
 }
 
@@ -77,7 +82,6 @@ impl Batch {
 #[derive(Debug)]
 pub struct Staged {
     pub(super) data: Buffer<u32>,
-    words: Vec<u32>,
     pub(super) rows: usize,
     pub(super) positions: usize,
     pub(super) row_tables: usize,
@@ -87,6 +91,9 @@ pub struct Staged {
     pub(super) targets: usize,
     pub(super) tables: usize,
     pub(super) table_stride: usize,
+    pending: (usize, usize),
+    /// One more than the last place that a pending row names.
+    pending_places: usize,
     /// Query rows of the longest sequence, and the longest row.
     pub(super) sequence_rows_max: usize,
     pub(super) position_max: usize,
@@ -111,7 +118,6 @@ impl Staged {
     ) -> Result<Self, CudaError> {
         Ok(Self {
             data: device.alloc(words, "batches")?,
-            words: Vec::with_capacity(words),
             rows: 0,
             positions: 0,
             row_tables: 0,
@@ -121,6 +127,8 @@ impl Staged {
             targets: 0,
             tables: 0,
             table_stride: 1,
+            pending: (0, 0),
+            pending_places: 0,
             sequence_rows_max: 0,
             position_max: 0,
             pages,
@@ -132,7 +140,13 @@ impl Staged {
     /// Numbers that a batch of so many rows with tables of `table_stride` needs at most.
     #[must_use]
     pub fn words_for(rows: usize, table_stride: usize) -> usize {
-        rows * (10 + table_stride)
+        rows * (12 + table_stride)
+    }
+
+    /// Numbers that batches may have.
+    #[must_use]
+    pub fn words(&self) -> usize {
+        self.data.len()
     }
 
     /// Rows of the batch.
@@ -147,20 +161,26 @@ impl Staged {
         self.probes.1
     }
 
-    /// Puts a batch in place of the last one.
+    /// Puts a batch in place of the last one, by way of `host`, which holds [`Self::words`].
     ///
     /// # Errors
     /// [`CudaError`]
     ///
     /// # Panics
     /// If the batch contradicts itself, reaches outside vocabulary or pool, or has no room.
-    pub fn stage(&mut self, device: &Device, batch: &Batch) -> Result<(), CudaError> {
+    pub fn stage(
+        &mut self,
+        device: &Device,
+        batch: &Batch,
+        host: &mut Pinned<u32>,
+    ) -> Result<(), CudaError> {
         batch.check(self.vocab, self.pages, self.page_size);
-        let words = &mut self.words;
-        words.clear();
+        let words = host.wait_for()?;
+        let mut used = 0;
         let mut put = |part: &[u32]| {
-            let at = words.len();
-            words.extend_from_slice(part);
+            let at = used;
+            used += part.len();
+            words[at..used].copy_from_slice(part);
             at
         };
         put(&batch.tokens);
@@ -174,9 +194,32 @@ impl Staged {
         self.probes = (put(&batch.probes), batch.probes.len());
         self.targets = put(&batch.targets);
         self.tables = put(&batch.tables);
+        let flat: Vec<u32> = batch.pending.iter().flat_map(|p| [p.0, p.1]).collect();
+        self.pending = (put(&flat), batch.pending.len());
+        self.pending_places = batch.pending.iter().map(|p| p.1 as usize + 1).max().unwrap_or(0);
         self.table_stride = batch.table_stride;
         self.sequence_rows_max = batch.sequences.iter().map(|s| s.rows as usize).max().unwrap_or(0);
         self.position_max = batch.positions.iter().copied().max().unwrap_or(0) as usize;
-        device.write(&mut self.data, 0, &self.words)
+        device.write_pinned(&mut self.data, 0, host, used)
+    }
+}
+
+impl Device {
+    /// Puts tokens that [`Device::ask`] kept in the place of those that the batch does not know.
+    /// What is no token, after logits that were not finite, becomes 0.
+    ///
+    /// # Errors
+    /// [`CudaError`]
+    ///
+    /// # Panics
+    /// If the batch names a place that `kept` does not have.
+    pub fn take_tokens(&self, batch: &mut Staged, kept: &Buffer<u32>) -> Result<(), CudaError> {
+        let (at, count) = batch.pending;
+        assert!(batch.pending_places <= kept.len(), "take_tokens: a place");
+        let launch = self.launch("take_tokens").buffer(&batch.data, 0).buffer(&batch.data, at);
+        let launch = launch.value(count as u32).buffer(kept, 0).value(batch.vocab as u32);
+        // SAFETY: (u32* tokens, u32* pairs, u32 count, u32* kept, u32 vocab); rows were checked when
+        // the batch was staged, places above.
+        unsafe { launch.run([count.div_ceil(128), 1, 1], 128, 0) }
     }
 }

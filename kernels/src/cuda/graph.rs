@@ -120,7 +120,20 @@ impl fmt::Debug for Timer {
     }
 }
 
+// SAFETY: as for `Inner`; each call binds the context first.
+unsafe impl Send for Timer {}
+
 impl Timer {
+    /// Waits until it has been reached.
+    ///
+    /// # Errors
+    /// [`CudaError`] of the work before it.
+    pub fn wait(&self) -> Result<(), CudaError> {
+        self.inner.bind();
+        // SAFETY: the event lives and was recorded.
+        check(unsafe { sys::cuEventSynchronize(self.event) }, "running on the GPU")
+    }
+
     /// Seconds from `self` to `end`, when both have been reached.
     ///
     /// # Errors

@@ -80,6 +80,14 @@ impl<T: Element> Buffer<T> {
     }
 }
 
+impl Buffer<f32> {
+    /// The same memory, as the numbers' bits.
+    pub(super) fn as_words(&self) -> Buffer<u32> {
+        let allocation = Arc::clone(&self.allocation);
+        Buffer { allocation, len: self.len, element: PhantomData }
+    }
+}
+
 impl Device {
     /// Bytes of memory that are free, and of all memory.
     ///

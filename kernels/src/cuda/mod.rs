@@ -5,9 +5,10 @@
 //! (`kernels/cuda`), compiled for the device at hand by NVRTC ([`compile`]).
 //!
 //! All work of a [`Device`] goes to one stream, in the order of the calls, so buffers need no
-//! events. Shapes that do not fit are programming errors and panic; what a device can refuse is a
+//! events; what the host shares with it, [`Pinned`] memory, has one. Shapes that do not fit are programming errors and panic; what a device can refuse is a
 //! [`CudaError`].
 
+mod ask;
 mod batch;
 mod blas;
 pub mod compile;
@@ -17,15 +18,18 @@ mod launch;
 pub mod library;
 mod memory;
 mod ops;
+mod pinned;
 #[cfg(test)]
 mod tests;
 mod vocab;
 mod weights;
 
+pub use ask::{Answers, AskRoom, Keep, Questions};
 pub use batch::{Batch, Sequence, Staged};
 pub use device::{CudaError, Device};
 pub use graph::{Graph, Timer};
 pub use memory::{Buffer, Element};
 pub use ops::{Activations, Attention, Gate, KvCache, KvDims, Precision, Rope, Rows, SPLIT};
+pub use pinned::Pinned;
 pub use vocab::{SampleArgs, TokenFound};
 pub use weights::{Tile, Weights};

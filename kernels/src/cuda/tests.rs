@@ -3,6 +3,7 @@
 //! They run on the emulated device (`kernels/cuda/emulated`); with `HEADSTART_CUDA_TESTS=device` in
 //! the environment, on the machine's GPU.
 
+mod ask;
 mod attention;
 mod pages;
 mod rows;
@@ -116,13 +117,15 @@ fn batch(rng: &mut Rng, positions: &[u32], pages: usize, page_size: usize, strid
         sequences: Vec::new(),
         probes: Vec::new(),
         targets: Vec::new(),
+        pending: Vec::new(),
     }
 }
 
 fn staged(device: &Device, batch: &Batch, vocab: usize, pages: usize, page_size: usize) -> Staged {
     let words = Staged::words_for(batch.rows(), batch.table_stride) + batch.tables.len();
     let mut staged = Staged::new(device, words, vocab, pages, page_size).expect("memory");
-    staged.stage(device, batch).expect("a copy");
+    let mut host = device.pinned(words, "test data").expect("memory");
+    staged.stage(device, batch, &mut host).expect("a copy");
     staged
 }
 

@@ -46,6 +46,13 @@ pub struct SampleArgs {
     pub padding: u32,
 }
 
+/// A row's facts as the device has them.
+pub(super) fn token_found(words: [u32; 4]) -> TokenFound {
+    let [argmax, max, log_sum_exp, target] = words;
+    let [max, log_sum_exp, target] = [max, log_sum_exp, target].map(f32::from_bits);
+    TokenFound { argmax, max, log_sum_exp, target }
+}
+
 impl Device {
     /// Floats that [`Device::vocab_stats`] needs for `rows` rows.
     #[must_use]
@@ -100,13 +107,8 @@ impl Device {
     ) -> Result<Vec<TokenFound>, CudaError> {
         let mut floats = vec![0.0; 4 * rows];
         self.read(found, 0, &mut floats)?;
-        let found = |f: &[f32]| TokenFound {
-            argmax: f[0].to_bits(),
-            max: f[1],
-            log_sum_exp: f[2],
-            target: f[3],
-        };
-        Ok(floats.chunks_exact(4).map(found).collect())
+        let facts = floats.as_chunks().0.iter();
+        Ok(facts.map(|facts: &[f32; 4]| token_found(facts.map(f32::to_bits))).collect())
     }
 
     /// Samples a token for each of `args`, and tells its logit as the model gave it. `penalties` are tokens and what is taken from their
@@ -190,7 +192,7 @@ impl Device {
 
 impl SampleArgs {
     /// The structure as the kernel has it, little-endian.
-    fn words(&self) -> [u64; 6] {
+    pub(super) fn words(&self) -> [u64; 6] {
         let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
         [
             self.seed,

@@ -242,7 +242,7 @@ mod tests {
     use crate::core::sampling::Sampling;
 
     fn row<'a>(context: &'a [u32], start: usize, sampling: &'a Sampling) -> Row<'a> {
-        Row { context, start, pages: &[], answer_start: 0, probes: &[], sampling }
+        Row { context, start, pages: &[], answer_start: 0, probes: &[], sampling, pending: None }
     }
 
     #[test]

@@ -69,6 +69,7 @@ impl OwnedRow {
             answer_start: self.start,
             probes: &self.probes,
             sampling: &self.sampling,
+            pending: None,
         }
     }
 }
@@ -234,6 +235,7 @@ mod tests {
             answer_start: 12,
             probes,
             sampling,
+            pending: None,
         };
         let rows = [row(18, &probes[..], &drawn), row(23, &[], &greedy)];
         let mut bytes = Vec::new();
@@ -273,6 +275,7 @@ mod tests {
                 answer_start: 0,
                 probes: &probes,
                 sampling: &sampling,
+                pending: None,
             };
             let _ = found(&bytes, &[row], 100);
         }

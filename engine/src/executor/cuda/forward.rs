@@ -8,10 +8,11 @@ use headstart_kernels::cuda::{
     SPLIT, Staged, Tile,
 };
 
+use super::in_flight::{Batches, InFlight, piece};
 use super::load::{CudaModel, Group, Layer};
 use super::plan::{GRAPH_ROWS_MAX, GraphKey, Planned, SEQUENCES_MAX, table_stride_max};
-use super::{CudaExecutor, lost, probe};
-use crate::executor::{ExecutorError, Found, Limits, Row};
+use super::{CudaExecutor, probe};
+use crate::executor::{IN_FLIGHT_MAX, Limits, Row};
 use crate::model::Activation;
 
 /// Bytes for the partial sums of decode attention; more rows than fit go one group after another.
@@ -106,33 +107,32 @@ impl Graphs {
 }
 
 impl CudaExecutor {
-    /// Runs a chunk and answers its probes.
+    /// Has a chunk run and its probes answered: the `index`-th of its batch.
     pub(super) fn run(
         &mut self,
         rows: &[Row<'_>],
+        index: usize,
         planned: &Planned,
-        found: &mut [Vec<Found>],
-    ) -> Result<(), ExecutorError> {
-        self.scratch.staged.stage(self.model.device(), &planned.batch).map_err(lost)?;
-        match planned.graph {
-            Some(key) => {
-                self.decode(key).map_err(lost)?;
-                self.answer(rows, &planned.wanted, 0, key.rows, found)
-            }
-            None => {
-                layers(&self.model, &mut self.kv, &mut self.scratch).map_err(lost)?;
-                let probes = planned.batch.probes.len();
-                let at_once = self.probes.rows();
-                for first in (0..probes).step_by(at_once) {
-                    let count = at_once.min(probes - first);
-                    let head =
-                        probe::head(&self.model, &mut self.scratch, &mut self.probes, first, count);
-                    head.map_err(lost)?;
-                    self.answer(rows, &planned.wanted, first, count, found)?;
-                }
-                Ok(())
-            }
+        batch: &mut InFlight,
+    ) -> Result<(), CudaError> {
+        let (device, staged) = (self.model.device(), &mut self.scratch.staged);
+        let Batches { lanes, kept, .. } = &mut self.batches;
+        let host = piece(device, &mut lanes[batch.lane].staging, index, staged.words())?;
+        staged.stage(device, &planned.batch, host)?;
+        device.take_tokens(staged, &kept[(batch.lane + IN_FLIGHT_MAX - 1) % IN_FLIGHT_MAX])?;
+        if let Some(key) = planned.graph {
+            self.decode(key)?;
+            return self.ask(rows, &planned.wanted, 0, key.rows, batch);
         }
+        layers(&self.model, &mut self.kv, &mut self.scratch)?;
+        let probes = planned.batch.probes.len();
+        let at_once = self.probes.rows();
+        for first in (0..probes).step_by(at_once) {
+            let count = at_once.min(probes - first);
+            probe::head(&self.model, &mut self.scratch, &mut self.probes, first, count)?;
+            self.ask(rows, &planned.wanted, first, count, batch)?;
+        }
+        Ok(())
     }
 
     /// A decode step of all rows, with the logits of each.

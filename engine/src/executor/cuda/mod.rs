@@ -3,13 +3,15 @@
 //!
 //! The new tokens of all rows are laid end to end and run in chunks. A chunk in which every row has
 //! one new token, a decode step, runs as a recorded graph: the first batch of a shape runs plainly,
-//! the second is recorded, later ones are one launch. Only what was asked for leaves the device.
+//! the second is recorded, later ones are one launch. Only what was asked for leaves the device, and the
+//! host waits for it when it collects a batch, not when it submits one.
 //!
 //! In single precision ([`WeightDtype::F32`]) a row's results depend on nothing but the row, bit for
 //! bit. In bf16 they do so within a kind of batch (alone, few rows, many rows): the products of large
 //! batches are cublasLt's, whose order of additions is its own.
 
 mod forward;
+mod in_flight;
 mod load;
 pub mod measure;
 mod pages;
@@ -21,7 +23,7 @@ use std::sync::{Arc, PoisonError};
 
 use headstart_kernels::cuda::{Buffer, CudaError, Device, KvCache, KvDims};
 
-use super::{Executor, ExecutorError, Found, KvFormat, Limits, PageId, Row};
+use super::{Executor, ExecutorError, Found, KvFormat, Limits, PageId, Pipeline, Row};
 use crate::model::{LoadError, Progress, WeightDtype};
 pub use load::CudaModel;
 
@@ -93,6 +95,7 @@ pub struct CudaExecutor {
     scratch: forward::Scratch,
     graphs: forward::Graphs,
     probes: probe::Scratch,
+    batches: in_flight::Batches,
     chunk_tokens: usize,
     limits: Limits,
 }
@@ -129,7 +132,19 @@ impl CudaExecutor {
         let scratch = forward::Scratch::new(&model, limits, chunk_tokens).map_err(refused)?;
         let probes = probe::Scratch::new(&model, limits).map_err(refused)?;
         let graphs = forward::Graphs::default();
-        Ok(Self { model, kv, page, page_host, scratch, graphs, probes, chunk_tokens, limits })
+        let batches = in_flight::Batches::new(model.device(), limits).map_err(refused)?;
+        Ok(Self {
+            model,
+            kv,
+            page,
+            page_host,
+            scratch,
+            graphs,
+            probes,
+            batches,
+            chunk_tokens,
+            limits,
+        })
     }
 
     /// The model that it runs.
@@ -157,17 +172,16 @@ impl Executor for CudaExecutor {
     }
 
     fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
-        self.limits.check(rows)?;
-        let mut found: Vec<Vec<Found>> =
-            rows.iter().map(|row| Vec::with_capacity(row.probes.len())).collect();
-        let model = Arc::clone(&self.model);
-        let _turn = model.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let extends = self.kv.extends();
-        for chunk in plan::chunks(rows, self.chunk_tokens) {
-            let planned = plan::plan(rows, &chunk, self.limits, extends);
-            self.run(rows, &planned, &mut found)?;
+        if !self.batches.is_empty() {
+            let message = "batches are in flight".into();
+            return Err(ExecutorError { message, fatal: false });
         }
-        Ok(found)
+        self.submit(rows)?;
+        self.collect()
+    }
+
+    fn pipeline(&mut self) -> Option<&mut dyn Pipeline> {
+        Some(self)
     }
 
     fn kv_format(&self) -> Option<KvFormat> {
@@ -180,5 +194,26 @@ impl Executor for CudaExecutor {
 
     fn write_page(&mut self, page: PageId, data: &[u8]) -> Result<(), ExecutorError> {
         self.page_in(page, data)
+    }
+}
+
+impl Pipeline for CudaExecutor {
+    fn submit(&mut self, rows: &[Row<'_>]) -> Result<(), ExecutorError> {
+        self.limits.check_behind(rows, &self.batches.samples)?;
+        let mut batch = self.batches.begin(rows.len())?;
+        let model = Arc::clone(&self.model);
+        let _turn = model.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let extends = self.kv.extends();
+        for (index, chunk) in plan::chunks(rows, self.chunk_tokens).iter().enumerate() {
+            let planned = plan::plan(rows, chunk, self.limits, extends);
+            self.run(rows, index, &planned, &mut batch).map_err(lost)?;
+        }
+        let done = model.device().timer().map_err(lost)?;
+        self.batches.push(batch, rows, done);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Vec<Found>>, ExecutorError> {
+        self.batches.collect()
     }
 }

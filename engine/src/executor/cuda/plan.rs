@@ -48,8 +48,8 @@ pub(super) fn chunks(rows: &[Row<'_>], tokens: usize) -> Vec<Vec<Span>> {
     let (mut chunks, mut chunk, mut used) = (Vec::new(), Vec::new(), 0);
     for (index, row) in rows.iter().enumerate() {
         let mut start = row.start;
-        while start < row.context.len() {
-            let len = (row.context.len() - start).min(tokens - used);
+        while start < row.end() {
+            let len = (row.end() - start).min(tokens - used);
             chunk.push(Span { row: index, start, len });
             start += len;
             used += len;
@@ -87,7 +87,10 @@ pub(super) fn plan(rows: &[Row<'_>], spans: &[Span], limits: Limits, extends: bo
     for (table, span) in spans.iter().enumerate() {
         let (row, at) = (&rows[span.row], batch.tokens.len());
         let positions = span.start..span.start + span.len;
-        batch.tokens.extend(&row.context[positions.clone()]);
+        // A token that is pending is put in its place on the device.
+        let token = |position: usize| row.context.get(position).copied().unwrap_or(0);
+        batch.tokens.extend(positions.clone().map(token));
+        batch.pending.extend(row.pending.map(|before| (at as u32, before as u32)));
         batch.positions.extend(positions.clone().map(|p| p as u32));
         batch.row_tables.extend(positions.clone().map(|_| table as u32));
         batch.tables.extend(row.pages[..pages_of(span)].iter().map(|page| page.0));
@@ -168,6 +171,7 @@ mod tests {
             answer_start: 0,
             probes,
             sampling: &sampling,
+            pending: None,
         };
         let (first, third) = ([probe(39, None)], [probe(2, Some(6))]);
         let rows = [
@@ -205,6 +209,7 @@ mod tests {
             answer_start: 0,
             probes: if start == 0 { &probes } else { &[] },
             sampling: &sampling,
+            pending: None,
         };
         let rows = [row(0), row(299)];
         let cut = chunks(&rows, 256);
@@ -230,6 +235,7 @@ mod tests {
             answer_start: 0,
             probes: &[],
             sampling: &sampling,
+            pending: None,
         };
         let rows = vec![row; 600];
         let cut: Vec<usize> = chunks(&rows, 2048).iter().map(Vec::len).collect();

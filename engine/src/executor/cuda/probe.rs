@@ -2,14 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use headstart_kernels::cuda::{Buffer, CudaError, Device, Rows, SampleArgs, TokenFound};
+use headstart_kernels::cuda::{AskRoom, Buffer, CudaError, Device, Questions, Rows, SampleArgs};
 
 use super::forward;
 use super::load::CudaModel;
-use super::plan::{GRAPH_ROWS_MAX, Wanted};
-use super::{CudaExecutor, lost};
+use super::plan::GRAPH_ROWS_MAX;
 use crate::core::sampling::Sampling;
-use crate::executor::{ExecutorError, Found, Limits, Row, Scored, TokenId};
+use crate::executor::{Limits, Row, TokenId};
 
 /// Rows that are sampled at once; each needs room for a row of logits.
 const SAMPLED_ROWS: usize = 32;
@@ -18,10 +17,10 @@ const SAMPLED_ROWS: usize = 32;
 #[derive(Debug)]
 pub(super) struct Scratch {
     /// `[GRAPH_ROWS_MAX][vocab]`.
-    logits: Buffer<f32>,
+    pub(super) logits: Buffer<f32>,
     parts: Buffer<f32>,
-    found: Buffer<f32>,
-    work: Buffer<f32>,
+    pub(super) found: Buffer<f32>,
+    pub(super) ask: AskRoom,
 }
 
 impl Scratch {
@@ -31,7 +30,7 @@ impl Scratch {
             logits: device.alloc(rows * vocab, "logits")?,
             parts: device.alloc(Device::vocab_parts(rows, vocab), "logits")?,
             found: device.alloc(4 * rows, "logits")?,
-            work: device.alloc(SAMPLED_ROWS * vocab, "sampling")?,
+            ask: AskRoom::new(device, rows, vocab, SAMPLED_ROWS)?,
         })
     }
 
@@ -63,90 +62,20 @@ pub(super) fn head(
     device.vocab_stats(&p.logits, count, &s.staged, first, &mut p.parts, &mut p.found)
 }
 
-/// The norm is a sum of at least this token's weight; rounding must not make it more than 1.
-fn logprob(logit: f32, found: &TokenFound) -> f32 {
-    (logit - found.log_sum_exp).min(0.0)
-}
-
-impl CudaExecutor {
-    /// Answers the probes whose logits are on the device: `first..first + count` of the batch.
-    pub(super) fn answer(
-        &mut self,
-        rows: &[Row<'_>],
-        wanted: &[Wanted],
-        first: usize,
-        count: usize,
-        found: &mut [Vec<Found>],
-    ) -> Result<(), ExecutorError> {
-        let here = |w: &&Wanted| (first..first + count).contains(&w.at);
-        let wanted: Vec<Wanted> = wanted.iter().filter(here).copied().collect();
-        if wanted.is_empty() {
-            return Ok(());
-        }
-        let facts = self.model.device().read_found(&self.probes.found, count).map_err(lost)?;
-        if let Some(bad) = wanted.iter().find(|w| !facts[w.at - first].log_sum_exp.is_finite()) {
-            let position = bad.probe.position;
-            let message = format!("the model's logits at position {position} are not finite");
-            return Err(ExecutorError { message, fatal: false });
-        }
-        let sampled = self.sample(rows, &wanted, first).map_err(lost)?;
-        let vocab = self.limits.vocab_size;
-        let tops: Vec<(u32, u32)> =
-            wanted.iter().map(|w| ((w.at - first) as u32, w.probe.top.min(vocab) as u32)).collect();
-        let device = self.model.device();
-        let tops = device.top_tokens(&self.probes.logits, vocab, &tops).map_err(lost)?;
-        for (index, (wanted, top)) in wanted.iter().zip(tops).enumerate() {
-            let facts = &facts[wanted.at - first];
-            let scored = |token, logit| Scored { token, logprob: logprob(logit, facts) };
-            let sampled = wanted.probe.sample.then(|| match sampled.get(&index) {
-                Some((token, logit)) => scored(*token, *logit),
-                None => scored(facts.argmax, facts.max),
-            });
-            found[wanted.row].push(Found {
-                target: wanted.probe.target.map(|_| logprob(facts.target, facts)),
-                sampled,
-                top: top.into_iter().map(|(token, logit)| scored(token, logit)).collect(),
-            });
-        }
-        Ok(())
-    }
-
-    /// Samples where the argmax is not the answer: for each of these probes the token and its logit.
-    fn sample(
-        &mut self,
-        rows: &[Row<'_>],
-        wanted: &[Wanted],
-        first: usize,
-    ) -> Result<BTreeMap<usize, (TokenId, f32)>, CudaError> {
-        let (mut indices, mut args, mut penalties) = (Vec::new(), Vec::new(), Vec::new());
-        for (index, wanted) in wanted.iter().enumerate() {
-            let row = &rows[wanted.row];
-            if !wanted.probe.sample || row.sampling.is_plain_greedy() {
-                continue;
-            }
-            let next = wanted.probe.position + 1;
-            let history = &row.context[row.answer_start.min(next)..next];
-            let position = next.saturating_sub(row.answer_start);
-            let from = penalties.len();
-            penalise(history, row.sampling, &mut penalties);
-            indices.push(index);
-            args.push(sample_args(
-                row.sampling,
-                position,
-                wanted.at - first,
-                from,
-                penalties.len(),
-            ));
-        }
-        let device = self.model.device();
-        let (p, vocab) = (&mut self.probes, self.limits.vocab_size);
-        let mut sampled = BTreeMap::new();
-        for (indices, args) in indices.chunks(SAMPLED_ROWS).zip(args.chunks(SAMPLED_ROWS)) {
-            let drawn = device.sample(&p.logits, vocab, args, &penalties, &mut p.work)?;
-            sampled.extend(indices.iter().copied().zip(drawn));
-        }
-        Ok(sampled)
-    }
+/// Asks for a sample at `position` of a row, whose logits are in row `at`.
+pub(super) fn sample_question(
+    row: &Row<'_>,
+    position: usize,
+    at: usize,
+    questions: &mut Questions,
+) {
+    let next = position + 1;
+    let history = row.context.get(row.answer_start.min(next)..next).unwrap_or_default();
+    let answered = next.saturating_sub(row.answer_start);
+    let from = questions.penalties.len();
+    penalise(history, row.sampling, &mut questions.penalties);
+    let to = questions.penalties.len();
+    questions.samples.push(sample_args(row.sampling, answered, at, from, to));
 }
 
 fn sample_args(

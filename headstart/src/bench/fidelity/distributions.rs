@@ -90,6 +90,7 @@ impl Reading<'_> {
             answer_start: end,
             probes: &probes,
             sampling: &sampling,
+            pending: None,
         };
         let found = self.of.executor.execute(&[row]).map_err(failed)?;
         self.done = end;

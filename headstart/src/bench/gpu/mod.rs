@@ -230,6 +230,7 @@ impl Bench {
                 answer_start: context.len(),
                 probes: &probes,
                 sampling: &self.sampling,
+                pending: None,
             })
             .collect();
         self.executor.execute(&rows).map(|_| ()).map_err(failed)
