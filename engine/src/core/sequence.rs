@@ -503,3 +503,86 @@ impl Sequence {
         events.push(Event::Finished { reason, answer_tokens: self.answer_len() });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(draft: Option<DraftPolicy>, sampling: Sampling) -> Request {
+        Request {
+            prompt: vec![3, 4, 5],
+            max_tokens: 3,
+            sampling,
+            stop_tokens: Arc::from([]),
+            top_logprobs: 0,
+            draft,
+            known: Known::default(),
+        }
+    }
+
+    /// Sends a row of so many tokens; what it asks.
+    fn send(sequence: &mut Sequence, count: usize) -> Vec<Probe> {
+        let probes = sequence.probes(count);
+        sequence.send(count, &probes);
+        probes
+    }
+
+    fn found(target: Option<f32>) -> Vec<Found> {
+        vec![Found { target, sampled: Some(Scored { token: 9, logprob: -0.5 }), top: Vec::new() }]
+    }
+
+    /// What can be sent, and whether a commit is waited for.
+    fn next(sequence: &Sequence) -> (usize, bool) {
+        (sequence.work(), sequence.is_held())
+    }
+
+    #[test]
+    fn writing_goes_on_behind_a_row_in_flight() {
+        let mut sequence = Sequence::new(request(None, Sampling::default()));
+        send(&mut sequence, 2);
+        assert_eq!(next(&sequence), (1, false), "the rest of the prompt is known");
+        let last = send(&mut sequence, 1);
+        assert_eq!(next(&sequence), (1, false), "and so is the place of the token behind it");
+        sequence.commit(2, &[], Vec::new());
+        let unseen = send(&mut sequence, 1);
+        let row = sequence.row(1, &unseen, Some(7));
+        assert_eq!((row.context.len(), row.start, row.pending), (3, 4, Some(7)));
+        assert_eq!(unseen[0].position, 3);
+        assert_eq!(next(&sequence), (0, true), "one token that nobody knows is enough");
+        sequence.commit(1, &last, found(None));
+        assert_eq!(next(&sequence), (1, false));
+        let unseen_too = send(&mut sequence, 1);
+        sequence.commit(1, &unseen, found(None));
+        assert_eq!(next(&sequence), (0, false), "the limit ends it");
+        let events = sequence.commit(1, &unseen_too, found(None));
+        assert_eq!(events.len(), 2);
+        assert!(sequence.is_finished() && sequence.sent() == sequence.computed());
+    }
+
+    #[test]
+    fn penalties_and_scores_are_waited_for() {
+        let penalised = Sampling { presence_penalty: 0.1, ..Sampling::default() };
+        let mut sequence = Sequence::new(request(None, penalised));
+        send(&mut sequence, 3);
+        assert_eq!(next(&sequence), (0, true));
+
+        let policy = DraftPolicy {
+            window: 2,
+            threshold: 0.9,
+            continue_complete: true,
+            continue_empty: true,
+        };
+        let mut sequence = Sequence::new(request(Some(policy), Sampling::default()));
+        sequence.push_draft(&[6]);
+        send(&mut sequence, 2);
+        assert_eq!(next(&sequence), (1, false), "no score is on its way");
+        let score = send(&mut sequence, 1);
+        assert_eq!(next(&sequence), (0, false), "there is nothing behind it yet");
+        sequence.push_draft(&[7]);
+        assert_eq!(next(&sequence), (0, true));
+        sequence.commit(2, &[], Vec::new());
+        assert_eq!(next(&sequence), (0, true));
+        sequence.commit(1, &score, found(Some(-3.0)));
+        assert_eq!(next(&sequence), (1, false));
+    }
+}
