@@ -6,34 +6,25 @@
 mod common;
 
 use std::path::Path;
-use std::process::Command;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
 use common::{Runner, fixtures, load, sample_at, target_at};
 use headstart_engine::core::pages::PageId;
 use headstart_engine::core::scheduler::SequenceId;
-use headstart_engine::executor::cuda::{self, CudaExecutor, CudaModel, CudaOptions, measure};
+use headstart_engine::executor::cuda::{
+    self, CudaExecutor, CudaModel, CudaOptions, Ranks, measure,
+};
 use headstart_engine::executor::{Executor, ExecutorError, Found, KvDtype, Pipeline, Probe, Row};
 use headstart_engine::model::{ModelConfig, WeightDtype};
 use headstart_engine::step::{Counters, Engine};
 use headstart_engine::{DraftPolicy, Event, Known, Limits, Request, Sampling, TokenId};
-use headstart_kernels::cuda::library;
 
 const MODELS: [&str; 6] =
     ["llama3-rope", "llama-linear-untied", "mistral-window", "qwen2-bias", "qwen3", "gemma2"];
 
 fn on_cuda(path: &Path, dtype: WeightDtype) -> Arc<CudaModel> {
-    static LIBRARIES: Once = Once::new();
-    LIBRARIES.call_once(|| {
-        if std::env::var_os("HEADSTART_CUDA_TESTS").is_none_or(|v| v != "device") {
-            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/emulated-cuda");
-            let built = Command::new(script).output().expect("the script runs");
-            assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-            let folder = String::from_utf8(built.stdout).expect("a path");
-            library::open_all_in(Path::new(folder.trim()));
-        }
-    });
-    let model = cuda::load(path, dtype, 0, None, &mut |_| ());
+    common::open_cuda_libraries();
+    let model = cuda::load(path, dtype, Ranks::SameDevice(1), None, &mut |_| ());
     model.unwrap_or_else(|e| panic!("{e}"))
 }
 

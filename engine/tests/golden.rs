@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use common::{Runner, fixtures, load, load_parts, target_at};
 use headstart_engine::Sampling;
-use headstart_engine::executor::cuda::{self, CudaExecutor, CudaOptions};
+use headstart_engine::executor::cuda::{self, CudaExecutor, CudaOptions, Ranks};
 use headstart_engine::model::{Model, WeightDtype};
 use serde::Deserialize;
 
@@ -99,7 +99,8 @@ fn smollm2_on_a_gpu_does_as_the_golden_files_say() {
     let Some(path) = path(SMOLLM2) else { return };
     let cases = cases("smollm2_to_smollm2.jsonl");
     let runner = |dtype| {
-        let model = cuda::load(&path, dtype, 0, None, &mut |_| ()).expect("there is a GPU");
+        let model = cuda::load(&path, dtype, Ranks::SameDevice(1), None, &mut |_| ());
+        let model = model.expect("there is a GPU");
         let options = CudaOptions { kv_tokens: common::KV_TOKENS, ..CudaOptions::default() };
         Runner::on(Box::new(CudaExecutor::new(model, &options).expect("it has memory")))
     };

@@ -55,8 +55,9 @@ KERNEL(256, vocab_part, const float* logits, u32 vocab, float* parts) {
 }
 
 /// Joins a row's chunks in order, one thread a row: `found[row]` gets the argmax, its logit, the
-/// log-sum-exp and the target's logit (NaN without a target, 0xffffffff).
-KERNEL(32, vocab_join, const float* parts, u32 chunks, const float* logits, u32 vocab,
+/// log-sum-exp and the target's logit (NaN without a target, 0xffffffff, or for one that is not here).
+/// A row's logits are those of the tokens from `start` on.
+KERNEL(32, vocab_join, const float* parts, u32 chunks, const float* logits, u32 start, u32 vocab,
        const u32* targets, u32 rows, float* found) {
     u32 row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows) return;
@@ -74,10 +75,11 @@ KERNEL(32, vocab_join, const float* parts, u32 chunks, const float* logits, u32 
         // A chunk without a maximum adds nothing, or NaN if it holds one.
         sum += max == minus_infinity() || max == best.value ? part : part * expf(max - best.value);
     }
-    found[4 * row] = __uint_as_float(best.at);
+    found[4 * row] = __uint_as_float(best.at + start);
     found[4 * row + 1] = best.value;
     found[4 * row + 2] = best.value + logf(sum);
-    u32 target = targets[row];
+    // A target below `start` wraps around, past any vocabulary, and so does none.
+    u32 target = targets[row] - start;
     found[4 * row + 3] =
         target < vocab ? logits[(u64)row * vocab + target] : float_from_bits(0x7fc00000u);
 }

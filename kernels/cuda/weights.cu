@@ -199,13 +199,16 @@ MATVECS(Q4_1)
 MATVECS(Q4_K)
 MATVECS(Q6_K)
 
-/// Embeddings: `out[i] = W[tokens[i]] * scale`, one block a token.
+/// Embeddings: `out[i] = W[tokens[i] - start] * scale`, one block a token; zeros for tokens that are
+/// not among the `rows` from `start` on.
 template <class F>
-__device__ void embed(Planes w, const u32* tokens, float* out, float scale) {
+__device__ void embed(Planes w, const u32* tokens, u32 start, u32 rows, float* out, float scale) {
     float* to = out + (u64)blockIdx.x * w.cols;
+    // A token below `start` wraps around, past any matrix.
+    u32 row = tokens[blockIdx.x] - start;
     for (u32 g = threadIdx.x; g < w.cols / 8; g += blockDim.x) {
-        float weights[8];
-        F::load(w, tokens[blockIdx.x], g, weights);
+        float weights[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
+        if (row < rows) F::load(w, row, g, weights);
         for (int i = 0; i < 4; i++) {
             to[F::first(g) + i] = weights[i] * scale;
             to[F::second(g) + i] = weights[4 + i] * scale;
@@ -229,8 +232,9 @@ template <class F> __device__ void expand(Planes w, u32 row0, bf16* out) {
 }
 
 #define LOOKUP(format)                                                                             \
-    KERNEL(128, embed_##format, Planes w, const u32* tokens, float* out, float scale) {            \
-        embed<Format##format>(w, tokens, out, scale);                                              \
+    KERNEL(128, embed_##format, Planes w, const u32* tokens, u32 start, u32 rows, float* out,      \
+           float scale) {                                                                          \
+        embed<Format##format>(w, tokens, start, rows, out, scale);                                 \
     }                                                                                              \
     KERNEL(128, expand_##format, Planes w, u32 row0, bf16* out) {                                  \
         expand<Format##format>(w, row0, out);                                                      \

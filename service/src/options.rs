@@ -140,13 +140,13 @@ pub struct ModelOptions {
     /// How weights are kept: as the file has them, or expanded
     #[arg(long, env = "HEADSTART_DTYPE", value_parser = ["auto", "f32", "bf16"], default_value = "auto")]
     pub dtype: String,
-    /// Where the model runs: on a GPU if there is one, on the CPU, or on a GPU and nowhere else
+    /// Where the model runs: on a GPU if there is one, on the CPU, or on a GPU and nowhere else. Of several GPUs, each of the --tp ranks has one
     #[arg(long, env = "HEADSTART_DEVICE", value_parser = ["auto", "cpu", "cuda"], default_value = "auto")]
     pub device: String,
     /// Threads that compute [default: one for each core]
     #[arg(long, env = "HEADSTART_THREADS", value_name = "N", value_parser = count(1024))]
     pub threads: Option<usize>,
-    /// Tensor-parallel ranks that share the model, each with its part of the weights, the KV cache and the threads
+    /// Tensor-parallel ranks that share the model, each with its part of the weights and the KV cache, and a GPU or its part of the threads
     #[arg(long, env = "HEADSTART_TP", value_name = "N", default_value = "1", value_parser = count(64))]
     pub tp: usize,
     /// Ranks in other processes.
@@ -167,7 +167,7 @@ pub struct ModelOptions {
 /// the same model, `--tp` and `--tp-hosts`.
 #[derive(Clone, Debug, Args)]
 pub struct TpHostOptions {
-    /// Processes that share the tensor-parallel ranks evenly
+    /// Processes that share the tensor-parallel ranks evenly, on CPUs
     #[arg(long, env = "HEADSTART_TP_HOSTS", value_name = "N", default_value = "1", visible_alias = "nnodes", value_parser = count(64))]
     pub tp_hosts: usize,
     /// This process among them; 0 leads and is the node, the others only compute for it

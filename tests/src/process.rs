@@ -112,7 +112,22 @@ impl Drop for Process {
 /// If the binary was not built.
 #[must_use]
 pub fn run(name: &str, arguments: &[&str]) -> (Option<i32>, String, String) {
-    let output = Command::new(binary(name)).args(arguments).output().expect("the binary was built");
+    run_env(name, arguments, &[])
+}
+
+/// As [`run`], with these variables in its environment.
+///
+/// # Panics
+/// If the binary was not built.
+#[must_use]
+pub fn run_env(
+    name: &str,
+    arguments: &[&str],
+    env: &[(&str, &str)],
+) -> (Option<i32>, String, String) {
+    let mut command = Command::new(binary(name));
+    let output = command.args(arguments).envs(env.iter().copied()).output();
+    let output = output.expect("the binary was built");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }

@@ -8,7 +8,7 @@ use headstart_cluster::testing::EtcdServer;
 use headstart_engine::executor::cuda;
 use headstart_tests::golden::check_file;
 use headstart_tests::http::{Client, counter};
-use headstart_tests::process::{Process, fixture, free_address, run, wait_ready};
+use headstart_tests::process::{Process, fixture, free_address, run, run_env, wait_ready};
 use serde_json::{Value, json};
 
 /// Skips by name.
@@ -68,24 +68,42 @@ fn emulated() -> String {
     String::from_utf8(built.stdout).expect("a path").trim().to_owned()
 }
 
-/// The answers of a cluster whose reading and writing bases run on these devices, and the tokens whose
-/// KV moved between them.
-fn answers(devices: [&str; 2]) -> (Vec<Value>, f64) {
+/// What a base runs on.
+#[derive(Clone, Copy, Debug)]
+struct On {
+    device: &'static str,
+    /// Tensor-parallel ranks.
+    tp: &'static str,
+    /// GPUs that its machine has.
+    gpus: &'static str,
+}
+
+const CPU: On = On { device: "cpu", tp: "1", gpus: "1" };
+const CUDA: On = On { device: "cuda", tp: "1", gpus: "1" };
+/// Two ranks that share a GPU.
+const TWO_RANKS: On = On { device: "cuda", tp: "2", gpus: "1" };
+/// Two ranks that have one each.
+const TWO_GPUS: On = On { device: "cuda", tp: "2", gpus: "2" };
+
+/// The answers of a cluster whose reading and writing bases run on these, and the tokens whose KV moved
+/// between them.
+fn answers(bases: [On; 2]) -> (Vec<Value>, f64) {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let etcd = runtime.block_on(EtcdServer::start()).expect("etcd-server is installed");
     let (endpoint, libraries, metrics) = (etcd.endpoint(), emulated(), free_address());
     let model = fixture("stories260k").display().to_string();
-    let start = |binary: &str, device: &str, more: &[&str]| {
+    let start = |binary: &str, on: On, more: &[&str]| {
         let mut arguments = vec!["--model", &model, "--name", "m", "--etcd", &endpoint];
         arguments.extend(["--dtype", "f32", "--threads", "1", "--kv-tokens", "2048"]);
-        arguments.extend(["--device", device]);
+        arguments.extend(["--device", on.device, "--tp", on.tp]);
         arguments.extend(more);
-        Process::start_env(binary, &arguments, &[("HEADSTART_CUDA_LIBRARIES", &libraries)])
+        let gpus = ("HEADSTART_EMULATED_GPUS", on.gpus);
+        Process::start_env(binary, &arguments, &[("HEADSTART_CUDA_LIBRARIES", &libraries), gpus])
     };
     let mut parts = [
-        start("headstart-base", devices[0], &["--role", "score"]),
-        start("headstart-base", devices[1], &["--role", "decode", "--metrics", &metrics]),
-        start("headstart-drafter", "cpu", &[]),
+        start("headstart-base", bases[0], &["--role", "score"]),
+        start("headstart-base", bases[1], &["--role", "decode", "--metrics", &metrics]),
+        start("headstart-drafter", CPU, &[]),
     ];
     let (http, grpc) = (free_address(), free_address());
     let doors = ["--http", &http, "--grpc", &grpc, "--etcd", &endpoint];
@@ -116,14 +134,49 @@ fn answers(devices: [&str; 2]) -> (Vec<Value>, f64) {
     (answers, moved)
 }
 
+/// Also where a base is two ranks: each keeps its own heads' part of a page.
 #[test]
 fn kv_moves_between_a_gpu_and_a_cpu_and_answers_stay_the_same() {
-    let (expected, moved) = answers(["cpu", "cpu"]);
+    let (expected, moved) = answers([CPU, CPU]);
     assert!(moved > 0.0);
-    for devices in [["cuda", "cpu"], ["cpu", "cuda"], ["cuda", "cuda"]] {
-        let (found, moved) = answers(devices);
-        println!("{devices:?}: {moved} tokens of KV moved");
-        assert_eq!(found, expected, "{devices:?}");
-        assert!(moved > 0.0, "{devices:?}");
+    for bases in [
+        [CUDA, CPU],
+        [CPU, CUDA],
+        [CUDA, CUDA],
+        [TWO_RANKS, CPU],
+        [CPU, TWO_RANKS],
+        [CUDA, TWO_GPUS],
+    ] {
+        let (found, moved) = answers(bases);
+        println!("{bases:?}: {moved} tokens of KV moved");
+        assert_eq!(found, expected, "{bases:?}");
+        assert!(moved > 0.0, "{bases:?}");
+    }
+}
+
+/// Too many ranks, and ranks on several GPUs without NCCL: one sentence, and a failure.
+#[test]
+fn ranks_that_cannot_be_are_refused_in_a_sentence() {
+    let (all, model) = (emulated(), fixture("stories260k").display().to_string());
+    let some = tempfile::tempdir().expect("a folder");
+    for name in ["libcuda.so", "libnvrtc.so", "libcublasLt.so"] {
+        let copied = std::fs::copy(Path::new(&all).join(name), some.path().join(name));
+        copied.expect("the emulated libraries can be copied");
+    }
+    let some = some.path().display().to_string();
+    let many = "--tp: expected 1 to 2 ranks, one on each GPU, found 3";
+    let heads = "expected 1 to 8 tensor-parallel ranks for this model, found 9";
+    let nccl = "libnccl.so.2, which ranks on several GPUs need, is not on this machine";
+    for (libraries, gpus, tp, said) in
+        [(&all, "2", "3", many), (&all, "1", "9", heads), (&some, "2", "2", nccl)]
+    {
+        let (http, grpc) = (free_address(), free_address());
+        let models = ["up", "--drafter", &model, "--base", &model, "--device", "cuda"];
+        let more = ["--tp", tp, "--http", &http, "--grpc", &grpc];
+        let env = [("HEADSTART_CUDA_LIBRARIES", &**libraries), ("HEADSTART_EMULATED_GPUS", gpus)];
+        let (code, _, error) = run_env("headstart", &[&models[..], &more].concat(), &env);
+        assert_eq!(code, Some(1), "{said}: {error}");
+        assert_eq!(error.matches(said).count(), 1, "{said}: {error}");
+        assert!(!error.contains("panicked"), "{error}");
     }
 }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use super::cpu::{self, CpuOptions};
-use super::cuda::{self, CudaExecutor, CudaModel, CudaOptions};
+use super::cuda::{self, CudaExecutor, CudaModel, CudaOptions, Ranks};
 use super::{Executor, ExecutorError};
 use crate::model::{LoadOptions, ModelConfig, Progress, Weights};
 
@@ -85,10 +85,8 @@ impl Placed {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Self, String> {
         if choice.is_cuda() {
-            if tp > 1 {
-                return Err(format!("--tp {tp}: on GPUs there is one rank, for now"));
-            }
-            let loaded = cuda::load(path, options.dtype, 0, kernel_cache(), progress);
+            let ranks = Ranks::place(tp, cuda::devices())?;
+            let loaded = cuda::load(path, options.dtype, ranks, kernel_cache(), progress);
             return loaded.map(Self::Cuda).map_err(|e| e.to_string());
         }
         Weights::load(path, options, tp, progress).map(Self::Cpu).map_err(|e| e.to_string())

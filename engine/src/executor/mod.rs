@@ -6,6 +6,7 @@ pub mod cuda;
 pub mod device;
 pub mod fake;
 pub mod kv;
+mod vocab;
 
 use crate::collective::hosts::Pulse;
 use crate::core::pages::PageId;

@@ -8,29 +8,13 @@ use headstart_kernels::{Arena, DType, Matrix, ThreadPool, dequantise};
 use super::config::ModelConfig;
 use super::error::LoadError;
 use super::names::{Names, Slot};
-use super::shard::{Parts, Shard, TooManyRanks};
+use super::shard::{Cut, Parts, Shard, TooManyRanks};
 use super::source::{Record, Source};
 use super::{Layer, Linear, Model, Progress, WeightDtype, Whole};
 use crate::executor::ModelHash;
 
 /// Bytes that are read together, about.
-const STRIP_BYTES: usize = 8 << 20;
-
-/// A part of one dimension of a tensor.
-struct Cut {
-    size: usize,
-    part: Range<usize>,
-}
-
-impl Cut {
-    fn all(size: usize) -> Self {
-        Self { size, part: 0..size }
-    }
-
-    fn of(size: usize, part: &Range<usize>) -> Self {
-        Self { size, part: part.clone() }
-    }
-}
+pub(super) const STRIP_BYTES: usize = 8 << 20;
 
 /// One model being read, a strip of rows at a time, so the peak is the weights and one strip.
 pub(super) struct Loader<'a> {
@@ -93,12 +77,7 @@ impl<'a> Loader<'a> {
         let final_norm = self.norm(self.names.final_norm(), config.hidden_size, &config)?;
         (self.progress)(Progress { bytes_loaded: self.bytes_total, bytes_total: self.bytes_total });
         let whole = Whole { hash: ModelHash::default(), kv_heads: config.kv_heads };
-        let config = ModelConfig {
-            heads: parts.heads.len(),
-            kv_heads: parts.kv_heads.len(),
-            intermediate_size: parts.mlp.len(),
-            ..config
-        };
+        let config = parts.config(&config);
         let (shard, vocab) = (self.shard, parts.vocab);
         Ok(Model { config, whole, shard, vocab, embedding, head, final_norm, layers })
     }
@@ -110,12 +89,8 @@ impl<'a> Loader<'a> {
         index: usize,
     ) -> Result<Layer, LoadError> {
         let hidden = Cut::all(config.hidden_size);
-        let head_rows = |heads: &Range<usize>, all: usize| {
-            let dim = config.head_dim;
-            Cut { size: all * dim, part: heads.start * dim..heads.end * dim }
-        };
-        let queries = head_rows(&parts.heads, config.heads);
-        let kv = head_rows(&parts.kv_heads, config.kv_heads);
+        let queries = Cut::heads(config.heads, &parts.heads, config.head_dim);
+        let kv = Cut::heads(config.kv_heads, &parts.kv_heads, config.head_dim);
         let mlp = Cut::of(config.intermediate_size, &parts.mlp);
         let (qkv_bias, mlp_bias) = (config.qkv_bias, config.mlp_bias);
         // What is summed over the ranks has its bias on one of them.
@@ -314,7 +289,7 @@ fn strip_rows(row_bytes: usize, rotary: Option<usize>) -> usize {
 }
 
 /// Keeps columns `part` of rows of `width` elements each.
-fn cut_columns<T: Copy>(rows: &mut Vec<T>, width: usize, part: &Range<usize>) {
+pub(super) fn cut_columns<T: Copy>(rows: &mut Vec<T>, width: usize, part: &Range<usize>) {
     if part.len() == width {
         return;
     }

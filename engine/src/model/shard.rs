@@ -49,9 +49,49 @@ pub(super) struct Parts {
     pub(super) vocab: Range<usize>,
 }
 
+impl Parts {
+    /// The rank's own model: its own heads and its own part of the MLP's width.
+    pub(super) fn config(&self, whole: &ModelConfig) -> ModelConfig {
+        ModelConfig {
+            heads: self.heads.len(),
+            kv_heads: self.kv_heads.len(),
+            intermediate_size: self.mlp.len(),
+            ..whole.clone()
+        }
+    }
+}
+
+/// A part of one dimension of a tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Cut {
+    pub(super) size: usize,
+    pub(super) part: Range<usize>,
+}
+
+impl Cut {
+    pub(super) fn all(size: usize) -> Self {
+        Self { size, part: 0..size }
+    }
+
+    pub(super) fn of(size: usize, part: &Range<usize>) -> Self {
+        Self { size, part: part.clone() }
+    }
+
+    /// The elements of heads `part` of `heads`, each `head_dim` wide.
+    pub(super) fn heads(heads: usize, part: &Range<usize>, head_dim: usize) -> Self {
+        Self { size: heads * head_dim, part: part.start * head_dim..part.end * head_dim }
+    }
+
+    /// Whether nothing is cut off.
+    pub(super) fn is_all(&self) -> bool {
+        self.part.len() == self.size
+    }
+}
+
 /// The MLP and the vocabulary are cut at multiples of the largest of these that leaves each rank
-/// one: the longest blocks of quantised weights, then the shorter ones, then anywhere.
-const GRAINS: [usize; 4] = [256, 32, 16, 1];
+/// one: the longest blocks of quantised weights, then the shorter ones, then what a GPU's kernels read
+/// together, then anywhere.
+const GRAINS: [usize; 5] = [256, 32, 16, 8, 1];
 
 impl Shard {
     /// All of the model.
@@ -137,6 +177,7 @@ mod tests {
         let mlp = |size, rank, ranks| Shard { rank, ranks }.grains(size);
         assert_eq!((mlp(1536, 0, 4), mlp(1536, 3, 4)), (0..512, 1280..1536));
         assert_eq!((mlp(320, 0, 4), mlp(320, 3, 4)), (0..96, 256..320));
+        assert_eq!((mlp(48, 0, 4), mlp(48, 3, 4)), (0..16, 40..48));
         assert_eq!((mlp(7, 0, 2), mlp(7, 1, 2)), (0..4, 4..7));
     }
 

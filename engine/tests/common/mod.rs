@@ -3,13 +3,29 @@
 #![allow(dead_code, unreachable_pub)] // each test file uses its own part
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::process::Command;
+use std::sync::{Arc, Once};
 
 use headstart_engine::core::pages::PageId;
 use headstart_engine::executor::cpu::{self, CpuExecutor, CpuOptions};
 use headstart_engine::executor::{Executor, Found, Probe, Row};
 use headstart_engine::model::{LoadOptions, Model, WeightDtype, Weights};
 use headstart_engine::{Sampling, TokenId};
+use headstart_kernels::cuda::library;
+
+/// Makes the emulated CUDA device the one that is there, unless `HEADSTART_CUDA_TESTS=device`.
+pub fn open_cuda_libraries() {
+    static LIBRARIES: Once = Once::new();
+    LIBRARIES.call_once(|| {
+        if std::env::var_os("HEADSTART_CUDA_TESTS").is_none_or(|v| v != "device") {
+            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/emulated-cuda");
+            let built = Command::new(script).output().expect("the script runs");
+            assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+            let folder = String::from_utf8(built.stdout).expect("a path");
+            library::open_all_in(Path::new(folder.trim()));
+        }
+    });
+}
 
 /// Where the committed models are; `HEADSTART_FIXTURES` names the folder on another machine than
 /// the one that built the test.

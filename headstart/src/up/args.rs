@@ -77,8 +77,8 @@ pub struct UpOptions {
     #[arg(long, value_name = "N", env = "HEADSTART_THREADS", value_parser = positive,
         help_heading = "Nodes")]
     pub threads: Option<usize>,
-    /// Tensor-parallel ranks of a base, each with its part of the weights, the KV cache and the
-    /// threads
+    /// Tensor-parallel ranks of a base, each with its part of the weights and the KV cache, and a
+    /// GPU or its part of the threads
     #[arg(long, value_name = "N", env = "HEADSTART_TP", value_parser = positive,
         default_value_t = 1, help_heading = "Nodes")]
     pub tp: usize,

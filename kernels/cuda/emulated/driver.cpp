@@ -1,15 +1,15 @@
 // The parts of the CUDA driver, cublasLt and NVRTC that this project calls, over emulated kernels.
-// Built as one library under three names, it lets tests drive the real loading, launching, capturing
+// Built as one library under several names, it lets tests drive the real loading, launching, capturing
 // and planning code. Work runs as late as it may: when somebody waits for it, on the waiting thread.
 // So results that are looked at too early are not there, and page-locked memory that is overwritten
 // too early is read overwritten. Captured work runs when its graph does. Device addresses are host
 // addresses.
-#include "device.hpp"
+#include "streams.hpp"
 
+#include <chrono>
+#include <condition_variable>
 #include <csignal>
-#include <deque>
 #include <map>
-#include <mutex>
 #include <sys/mman.h>
 #include <unistd.h>
 #if !defined(__x86_64__)
@@ -193,14 +193,9 @@ using namespace emulated;
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500 };
 
-struct Graph {
-    std::vector<std::function<void()>> work;
-};
-struct Stream {
-    Graph* capturing = nullptr;
-    std::deque<std::function<void()>> queue;
-    u64 done = 0;
-};
+/// Devices that can be opened, whatever their number is said to be.
+static const int DEVICES = 8;
+
 struct Event {
     Stream* stream = nullptr;
     u64 at = 0;
@@ -208,6 +203,7 @@ struct Event {
 struct Allocation {
     void* map;
     size_t map_bytes, bytes;
+    int device;
 };
 static std::mutex allocations_lock;
 static std::map<u64, Allocation> allocations;
@@ -216,36 +212,85 @@ static std::map<u64, size_t> pinned;
 static const size_t TOTAL = 4ull << 30;
 static size_t used;
 
-/// Work of all streams is done by one thread at a time.
-static std::recursive_mutex streams_lock;
+namespace emulated {
+
+std::recursive_mutex everything;
+static std::condition_variable_any moved;
 static std::vector<Stream*> streams;
+static thread_local int current;
 /// Work that waits at most: the rest is memory's.
 static const size_t QUEUE_MAX = 1 << 14;
 
-/// Does the stream's work until so much of it is done.
+int current_device() { return current; }
+int set_current_device(int device) {
+    std::swap(current, device);
+    return device;
+}
+
+void wait_until(const char* what, std::function<bool()> over) {
+    std::unique_lock<std::recursive_mutex> hold(everything);
+    moved.notify_all();
+    if (!moved.wait_for(hold, std::chrono::minutes(2), over)) fail(what);
+    moved.notify_all();
+}
+
+/// Does the first of a stream's work, unless it waits for another stream.
+static bool step(Stream* stream) {
+    if (stream->queue.empty() || !stream->queue.front()()) return false;
+    stream->queue.pop_front();
+    stream->done++;
+    return true;
+}
+
+/// Does the stream's work until so much of it is done, and of other streams what that waits for.
 static void run_until(Stream* stream, u64 count) {
-    std::lock_guard<std::recursive_mutex> hold(streams_lock);
-    while (stream->done < count && !stream->queue.empty()) {
-        auto work = std::move(stream->queue.front());
-        stream->queue.pop_front();
-        work();
-        stream->done++;
-    }
+    wait_until("a stream that waits for other ranks in vain", [=] {
+        for (bool progress = true; progress;) {
+            progress = false;
+            while (stream->done < count && step(stream)) progress = true;
+            if (stream->done >= count || stream->queue.empty()) return true;
+            for (size_t i = 0; i < streams.size(); i++) {
+                if (streams[i] == stream) continue;
+                while (step(streams[i])) progress = true;
+            }
+        }
+        return false;
+    });
 }
 static void run_all(Stream* stream) { run_until(stream, ~0ull); }
-/// For what waits for the whole device.
-static void run_everything() {
-    std::lock_guard<std::recursive_mutex> hold(streams_lock);
-    for (auto stream : streams) run_all(stream);
-}
-static int enqueue(void* stream, std::function<void()> work) {
+
+int enqueue(void* stream, Work work) {
     auto s = (Stream*)stream;
     if (!s) return INVALID_VALUE;
+    if (s->device != current) fail("work for a stream of another device");
     if (s->capturing) return s->capturing->work.push_back(std::move(work)), SUCCESS;
-    std::lock_guard<std::recursive_mutex> hold(streams_lock);
-    s->queue.push_back(std::move(work));
-    if (s->queue.size() > QUEUE_MAX) run_all(s);
+    bool full;
+    {
+        std::lock_guard<std::recursive_mutex> hold(everything);
+        s->queue.push_back(std::move(work));
+        full = s->queue.size() > QUEUE_MAX;
+        moved.notify_all();
+    }
+    if (full) run_all(s);
     return SUCCESS;
+}
+
+} // namespace emulated
+
+/// For what waits for the whole device.
+static void run_device(int device) {
+    std::vector<Stream*> of;
+    {
+        std::lock_guard<std::recursive_mutex> hold(everything);
+        for (auto stream : streams) {
+            if (stream->device == device) of.push_back(stream);
+        }
+    }
+    for (auto stream : of) run_all(stream);
+}
+/// Work that is done when it has run.
+static int enqueue_now(void* stream, std::function<void()> work) {
+    return enqueue(stream, [=] { return work(), true; });
 }
 /// Whether `bytes` from `address` lie in one allocation.
 static bool inside(u64 address, size_t bytes) {
@@ -264,10 +309,25 @@ static bool is_pinned(const void* address, size_t bytes) {
     return (u64)address + bytes <= at->first + at->second;
 }
 
+/// Fails if `address` is memory of another device.
+static void check_device(u64 address, int device) {
+    std::lock_guard<std::mutex> hold(allocations_lock);
+    auto at = allocations.upper_bound(address);
+    if (at == allocations.begin()) return;
+    --at;
+    bool within = address < at->first + at->second.bytes;
+    if (within && at->second.device != device) fail("a kernel that reaches into another device");
+}
+
 API cuInit(u32) { return SUCCESS; }
 API cuDriverGetVersion(int* v) { return *v = 13000, SUCCESS; }
-API cuDeviceGetCount(int* n) { return *n = 1, SUCCESS; }
-API cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal ? 101 : SUCCESS; }
+API cuDeviceGetCount(int* n) {
+    const char* set = getenv("HEADSTART_EMULATED_GPUS");
+    return *n = set ? atoi(set) : 1, SUCCESS;
+}
+API cuDeviceGet(int* device, int ordinal) {
+    return *device = ordinal, ordinal >= 0 && ordinal < DEVICES ? SUCCESS : 101;
+}
 API cuDeviceGetName(char* name, int length, int) {
     return snprintf(name, length, "emulated device"), SUCCESS;
 }
@@ -276,9 +336,13 @@ API cuDeviceGetAttribute(int* value, int attribute, int) {
     *value = attribute == 16 ? 2 : attribute == 75 ? 8 : attribute == 76 ? 0 : 166912;
     return SUCCESS;
 }
-API cuDevicePrimaryCtxRetain(void** context, int) { return *context = (void*)1, SUCCESS; }
+API cuDevicePrimaryCtxRetain(void** context, int device) {
+    return *context = (void*)(uintptr_t)(device + 1), SUCCESS;
+}
 API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
-API cuCtxSetCurrent(void*) { return SUCCESS; }
+API cuCtxSetCurrent(void* context) {
+    return set_current_device((int)(uintptr_t)context - 1), SUCCESS;
+}
 API cuGetErrorString(int code, const char** text) {
     static thread_local char buffer[40];
     snprintf(buffer, sizeof buffer, "emulated error %d", code);
@@ -301,12 +365,12 @@ API cuMemAlloc_v2(u64* address, size_t bytes) {
     // NaN, but not all of a large pool, which is only touched where it is used.
     memset((void*)*address, 0xff, rounded < (1 << 24) ? rounded : 1 << 24);
     std::lock_guard<std::mutex> hold(allocations_lock);
-    allocations[*address] = {map, pages + page, bytes};
+    allocations[*address] = {map, pages + page, bytes, current};
     used += bytes;
     return SUCCESS;
 }
 API cuMemFree_v2(u64 address) {
-    run_everything();
+    run_device(current);
     std::lock_guard<std::mutex> hold(allocations_lock);
     auto at = allocations.find(address);
     if (at == allocations.end()) return INVALID_VALUE;
@@ -330,33 +394,33 @@ API cuMemFreeHost(void* address) {
 // Memory that is not page-locked is the caller's again when the call returns.
 API cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t bytes, void* stream) {
     if (!inside(to, bytes)) return INVALID_VALUE;
-    int taken = enqueue(stream, [=] { memcpy((void*)to, from, bytes); });
+    int taken = enqueue_now(stream, [=] { memcpy((void*)to, from, bytes); });
     if (taken == SUCCESS && !is_pinned(from, bytes)) run_all((Stream*)stream);
     return taken;
 }
 API cuMemcpyDtoHAsync_v2(void* to, u64 from, size_t bytes, void* stream) {
     if (!inside(from, bytes)) return INVALID_VALUE;
-    int taken = enqueue(stream, [=] { memcpy(to, (void*)from, bytes); });
+    int taken = enqueue_now(stream, [=] { memcpy(to, (void*)from, bytes); });
     if (taken == SUCCESS && !is_pinned(to, bytes)) run_all((Stream*)stream);
     return taken;
 }
 API cuMemcpyDtoDAsync_v2(u64 to, u64 from, size_t bytes, void* stream) {
     if (!inside(from, bytes) || !inside(to, bytes)) return INVALID_VALUE;
-    return enqueue(stream, [=] { memmove((void*)to, (void*)from, bytes); });
+    return enqueue_now(stream, [=] { memmove((void*)to, (void*)from, bytes); });
 }
 API cuMemsetD8Async(u64 to, u8 value, size_t bytes, void* stream) {
     if (!inside(to, bytes)) return INVALID_VALUE;
-    return enqueue(stream, [=] { memset((void*)to, value, bytes); });
+    return enqueue_now(stream, [=] { memset((void*)to, value, bytes); });
 }
 
 API cuStreamCreate(void** stream, u32) {
-    std::lock_guard<std::recursive_mutex> hold(streams_lock);
-    streams.push_back(new Stream);
+    std::lock_guard<std::recursive_mutex> hold(everything);
+    streams.push_back(new Stream{current});
     return *stream = streams.back(), SUCCESS;
 }
 API cuStreamDestroy_v2(void* stream) {
-    std::lock_guard<std::recursive_mutex> hold(streams_lock);
     run_all((Stream*)stream);
+    std::lock_guard<std::recursive_mutex> hold(everything);
     for (auto& each : streams) {
         if (each == stream) each = streams.back();
     }
@@ -377,7 +441,9 @@ API cuGraphInstantiateWithFlags(void** exec, void* graph, u64) {
     return *exec = new Graph(*(Graph*)graph), SUCCESS;
 }
 API cuGraphLaunch(void* exec, void* stream) {
-    for (auto& work : ((Graph*)exec)->work) enqueue(stream, work);
+    for (auto& work : ((Graph*)exec)->work) {
+        if (int refused = enqueue(stream, work)) return refused;
+    }
     return SUCCESS;
 }
 API cuGraphDestroy(void* graph) { return delete (Graph*)graph, SUCCESS; }
@@ -388,7 +454,7 @@ API cuEventRecord(void* event, void* stream) {
     auto s = (Stream*)stream;
     // An event of a recording cannot be waited for.
     if (!s || s->capturing) return INVALID_VALUE;
-    std::lock_guard<std::recursive_mutex> hold(streams_lock);
+    std::lock_guard<std::recursive_mutex> hold(everything);
     *(Event*)event = {s, s->done + s->queue.size()};
     return SUCCESS;
 }
@@ -420,7 +486,10 @@ API cuLaunchKernel(void* function, u32 gx, u32 gy, u32 gz, u32 bx, u32 by, u32 b
         copies.emplace_back((kernel->sizes[i] + 7) / 8);
         memcpy(copies.back().data(), args[i], kernel->sizes[i]);
     }
-    return enqueue(stream, [=]() mutable {
+    for (auto& copy : copies) {
+        for (u64 word : copy) check_device(word, ((Stream*)stream)->device);
+    }
+    return enqueue_now(stream, [=]() mutable {
         std::vector<void*> pointers;
         for (auto& copy : copies) pointers.push_back(copy.data());
         const char* name = "a kernel";
@@ -497,7 +566,7 @@ API cublasLtMatmul(void*, void* m, const void* alpha, const void* a, void* la, c
     Layout x = *(Layout*)la, y = *(Layout*)lb, z = *(Layout*)ld;
     if (!algorithm || c != d || !known(*(Matmul*)m, x, y, z)) return 7;
     if (*(const float*)alpha != 1.f || *(const float*)beta != 0.f) return 7;
-    return enqueue(stream, [=] {
+    return enqueue_now(stream, [=] {
         auto value = [](const void* p, u64 i) { return __uint_as_float((u32)((const u16*)p)[i] << 16); };
         for (u64 column = 0; column < z.cols; column++) {
             for (u64 row = 0; row < z.rows; row++) {

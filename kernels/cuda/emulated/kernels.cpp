@@ -8,3 +8,4 @@
 #include "../attention.cu"
 #include "../vocab.cu"
 #include "../pages.cu"
+#include "../ranks.cu"

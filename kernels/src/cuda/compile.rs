@@ -16,6 +16,7 @@ pub const SOURCE: &str = concat!(
     include_str!("../../cuda/attention.cu"),
     include_str!("../../cuda/vocab.cu"),
     include_str!("../../cuda/pages.cu"),
+    include_str!("../../cuda/ranks.cu"),
 );
 
 /// Architectures that the kernels are written for and tested to compile for.

@@ -45,6 +45,59 @@ impl Drop for Graph {
     }
 }
 
+/// A graph before it has an executable form.
+struct Captured {
+    graph: sys::CUgraph,
+    inner: Arc<Inner>,
+    used: Vec<Arc<Allocation>>,
+}
+
+impl Captured {
+    fn executable(mut self) -> Result<Graph, CudaError> {
+        let mut exec = ptr::null_mut();
+        self.inner.bind();
+        // SAFETY: the graph was captured and lives.
+        let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut exec, self.graph, 0) };
+        check(made, "building a graph")?;
+        let used = std::mem::take(&mut self.used);
+        Ok(Graph { exec, inner: Arc::clone(&self.inner), _used: used })
+    }
+}
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        if !self.graph.is_null() {
+            self.inner.bind();
+            // SAFETY: captured once, destroyed once.
+            unsafe { sys::cuGraphDestroy(self.graph) };
+        }
+    }
+}
+
+/// Records what `work` calls on each of `devices`, instead of running it, as one graph each, in their
+/// order. What they do together wants all of them launched.
+///
+/// # Errors
+/// [`CudaError`] of the driver, or what `work` gives.
+pub fn capture_on(
+    devices: &[&Device],
+    work: impl FnOnce() -> Result<(), CudaError>,
+) -> Result<Vec<Graph>, CudaError> {
+    let mut begun = Vec::with_capacity(devices.len());
+    let mut worked = devices.iter().try_for_each(|device| {
+        device.begin_capture()?;
+        begun.push(*device);
+        Ok(())
+    });
+    if worked.is_ok() {
+        worked = work();
+    }
+    // Every capture is ended, whatever `work` gave, before any of the graphs is built.
+    let captured: Vec<_> = begun.into_iter().map(Device::end_capture).collect();
+    worked?;
+    captured.into_iter().map(|captured| captured?.executable()).collect()
+}
+
 impl Device {
     /// Records what `work` calls, instead of running it, as one graph. Buffers that it uses stay
     /// alive as long as the graph.
@@ -55,6 +108,11 @@ impl Device {
         &self,
         work: impl FnOnce() -> Result<(), CudaError>,
     ) -> Result<Graph, CudaError> {
+        let graph = capture_on(&[self], work)?.pop();
+        graph.ok_or_else(|| CudaError::new("a capture without a graph"))
+    }
+
+    fn begin_capture(&self) -> Result<(), CudaError> {
         self.inner.bind();
         // Other threads' work must not end the capture.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -62,22 +120,17 @@ impl Device {
         let begun = unsafe { sys::cuStreamBeginCapture_v2(self.inner.stream, mode) };
         check(begun, "starting to capture a graph")?;
         *self.capturing() = Some(Vec::new());
-        let worked = work();
+        Ok(())
+    }
+
+    fn end_capture(&self) -> Result<Captured, CudaError> {
         let used = self.capturing().take().unwrap_or_default();
         let mut graph = ptr::null_mut();
-        // SAFETY: the stream lives and is capturing; it must be ended whatever `work` gave.
+        self.inner.bind();
+        // SAFETY: the stream lives and is capturing.
         let ended = unsafe { sys::cuStreamEndCapture(self.inner.stream, &mut graph) };
-        worked?;
-        check(ended, "capturing a graph")?;
-        let mut exec = ptr::null_mut();
-        // SAFETY: the graph was just captured; it is not needed once it has an executable form.
-        let made = unsafe {
-            let made = sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0);
-            sys::cuGraphDestroy(graph);
-            made
-        };
-        check(made, "building a graph")?;
-        Ok(Graph { exec, inner: Arc::clone(&self.inner), _used: used })
+        let captured = Captured { graph, inner: Arc::clone(&self.inner), used };
+        check(ended, "capturing a graph").map(|()| captured)
     }
 
     fn capturing(&self) -> std::sync::MutexGuard<'_, Option<Vec<Arc<Allocation>>>> {

@@ -75,6 +75,11 @@ impl<T: Element> Buffer<T> {
         &self.allocation
     }
 
+    /// Whose memory it is.
+    pub(super) fn device(&self) -> &Arc<Inner> {
+        &self.allocation.inner
+    }
+
     pub(super) fn address(&self, at: usize) -> u64 {
         self.allocation.address + (at * size_of::<T>()) as u64
     }

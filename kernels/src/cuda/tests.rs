@@ -5,7 +5,9 @@
 
 mod ask;
 mod attention;
+mod nccl;
 mod pages;
+mod ranks;
 mod rows;
 mod vocab;
 mod weights;
@@ -21,17 +23,27 @@ use crate::testing::Rng;
 
 /// The device under test. One for all tests: opening it twice would be opening it once.
 pub(super) fn device() -> Device {
-    static DEVICE: OnceLock<Device> = OnceLock::new();
-    DEVICE
+    device_at(0).expect("a device")
+}
+
+/// Whether the machine's own GPU is tested.
+fn on_the_machine() -> bool {
+    std::env::var_os("HEADSTART_CUDA_TESTS").is_some_and(|v| v == "device")
+}
+
+/// The emulated device is several; a machine may have fewer.
+fn device_at(ordinal: usize) -> Option<Device> {
+    static DEVICES: [OnceLock<Option<Device>>; 2] = [const { OnceLock::new() }; 2];
+    DEVICES[ordinal]
         .get_or_init(|| {
-            if std::env::var_os("HEADSTART_CUDA_TESTS").is_none_or(|v| v != "device") {
+            if !on_the_machine() {
                 let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/emulated-cuda");
                 let built = Command::new(script).output().expect("the script runs");
                 assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
                 let folder = String::from_utf8(built.stdout).expect("a path");
                 library::open_all_in(Path::new(folder.trim()));
             }
-            Device::open(0, None).expect("a device")
+            Device::open(ordinal, None).ok()
         })
         .clone()
 }

@@ -1,5 +1,7 @@
 //! What is asked of logits on the device.
 
+use std::ops::Range;
+
 use super::batch::Staged;
 use super::device::{CudaError, Device};
 use super::memory::Buffer;
@@ -16,7 +18,7 @@ pub struct TokenFound {
     pub max: f32,
     /// `ln Σ exp(logit)`.
     pub log_sum_exp: f32,
-    /// The logit of the probe's target; NaN without one.
+    /// The logit of the probe's target; NaN if there is none among the tokens looked at.
     pub target: f32,
 }
 
@@ -60,8 +62,8 @@ impl Device {
         3 * rows * vocab.div_ceil(CHUNK)
     }
 
-    /// Facts of `rows` rows of logits (`[rows][vocab]`), which belong to the batch's probes from
-    /// `first` on. `found` gets four numbers a row; [`Device::read_found`] reads them.
+    /// Facts of `rows` rows of logits of the tokens `vocab` (`[rows][vocab.len()]`), which belong to
+    /// the batch's probes from `first` on. `found` gets four numbers a row; [`Device::read_found`] reads them.
     ///
     /// # Errors
     /// [`CudaError`]
@@ -72,13 +74,15 @@ impl Device {
     pub fn vocab_stats(
         &self,
         logits: &Buffer<f32>,
+        vocab: Range<usize>,
         rows: usize,
         batch: &Staged,
         first: usize,
         parts: &mut Buffer<f32>,
         found: &mut Buffer<f32>,
     ) -> Result<(), CudaError> {
-        let vocab = batch.vocab;
+        assert!(vocab.end <= batch.vocab, "vocab: tokens");
+        let (start, vocab) = (vocab.start, vocab.len());
         assert!(first + rows <= batch.probes.1 && logits.len() >= rows * vocab, "vocab: logits");
         assert!(parts.len() >= Self::vocab_parts(rows, vocab), "vocab: parts");
         assert!(found.len() >= 4 * rows, "vocab: found");
@@ -88,10 +92,10 @@ impl Device {
         // SAFETY: (float* logits, u32 vocab, float* parts); sizes checked.
         unsafe { launch.run([chunks, rows, 1], 256, 0)? };
         let launch = self.launch("vocab_join").buffer(parts, 0).value(chunks as u32);
-        let launch = launch.buffer(logits, 0).value(vocab as u32);
+        let launch = launch.buffer(logits, 0).value(start as u32).value(vocab as u32);
         let launch = launch.buffer(&batch.data, batch.targets + first).value(rows as u32);
         let launch = launch.buffer(found, 0);
-        // SAFETY: (float* parts, u32 chunks, float* logits, u32 vocab, u32* targets, u32 rows,
+        // SAFETY: (float* parts, u32 chunks, float* logits, u32 start, u32 vocab, u32* targets, u32 rows,
         // float* found); sizes checked.
         unsafe { launch.run([rows.div_ceil(32), 1, 1], 32, 0) }
     }

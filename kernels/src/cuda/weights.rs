@@ -226,29 +226,33 @@ fn names(dtype: DType) -> Names {
 }
 
 impl Device {
-    /// `out[row] = w[token of the row] * scale`, `out` `[rows][cols]`.
+    /// `out[row] = w[token of the row] * scale`, `out` `[rows][cols]`. `w` is of the tokens from
+    /// `start` on; the rows of others get zeros.
     ///
     /// # Errors
     /// [`CudaError`]
     ///
     /// # Panics
-    /// If `w` has fewer rows than the vocabulary, or `out` is too small.
+    /// If `out` is too small.
     pub fn embed(
         &self,
         w: &Weights,
+        start: usize,
         batch: &Staged,
         scale: f32,
         out: &mut Buffer<f32>,
     ) -> Result<(), CudaError> {
-        assert!(w.rows >= batch.vocab && out.len() >= batch.rows * w.cols, "embed: shapes");
+        assert!(start + w.rows <= batch.vocab && out.len() >= batch.rows * w.cols, "embed: shapes");
         if !w.cols.is_multiple_of(8) {
             let message = format!("an embedding of {} elements is not in groups of 8", w.cols);
             return Err(CudaError::new(message));
         }
         // SAFETY: the layout of `Planes`, whose buffer is kept.
         let launch = unsafe { self.launch(names(w.dtype).embed).bytes(&w.planes()) }.uses(&w.data);
-        let launch = launch.buffer(&batch.data, 0).buffer(out, 0).value(scale);
-        // SAFETY: (Planes w, u32* tokens, float* out, float scale); tokens were checked.
+        let launch = launch.buffer(&batch.data, 0).value(start as u32).value(w.rows as u32);
+        let launch = launch.buffer(out, 0).value(scale);
+        // SAFETY: (Planes w, u32* tokens, u32 start, u32 rows, float* out, float scale); there is
+        // room for the batch.
         unsafe { launch.run([batch.rows, 1, 1], 128, 0) }
     }
 

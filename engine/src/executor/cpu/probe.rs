@@ -3,13 +3,12 @@
 //! Each rank looks at its own part of the vocabulary; [`join`] makes one answer of the parts. Logits
 //! leave their rank only where a token is drawn from all of them.
 
-use std::cmp::Ordering;
-
 use headstart_kernels::{VocabStats, rms_norm, softcap, top_n, vocab_stats_rows};
 
 use super::CpuExecutor;
 use super::forward::Span;
 use crate::core::sampling::{self, sample};
+use crate::executor::vocab::{join_stats, join_top};
 use crate::executor::{ExecutorError, Found, Probe, Row, Scored, TokenId};
 
 /// Rows of logits that exist at once.
@@ -135,7 +134,7 @@ fn answer(
     mut parts: Vec<Partial>,
     sampler: &mut sampling::Scratch,
 ) -> Result<Found, ExecutorError> {
-    let stats = join_stats(&parts);
+    let stats = join_stats(parts.iter().map(|part| part.stats));
     if !stats.log_sum_exp.is_finite() {
         let message = format!("the model's logits at position {} are not finite", probe.position);
         return Err(ExecutorError { message, fatal: false });
@@ -158,27 +157,7 @@ fn answer(
         let token = sample(&mut logits, history, position, row.sampling, sampler);
         scored(token, raw[token as usize])
     });
-    let mut top: Vec<(TokenId, f32)> = parts.into_iter().flat_map(|part| part.top).collect();
-    top.sort_by(likelier_first);
-    top.truncate(probe.top);
+    let top = join_top(parts.into_iter().map(|part| part.top), probe.top);
     let top = top.into_iter().map(|(token, logit)| scored(token, logit)).collect();
     Ok(Found { target, sampled, top })
-}
-
-fn likelier_first(a: &(TokenId, f32), b: &(TokenId, f32)) -> Ordering {
-    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
-}
-
-/// Facts of the whole row of logits. One part keeps its bits.
-fn join_stats(parts: &[Partial]) -> VocabStats {
-    let mut all = parts[0].stats;
-    for VocabStats { argmax, max, log_sum_exp } in parts[1..].iter().map(|part| part.stats) {
-        // Later ranks hold higher ids: only a greater logit wins.
-        if max > all.max {
-            (all.argmax, all.max) = (argmax, max);
-        }
-        let (low, high) = (all.log_sum_exp.min(log_sum_exp), all.log_sum_exp.max(log_sum_exp));
-        all.log_sum_exp = high + (low - high).exp().ln_1p();
-    }
-    all
 }

@@ -4,14 +4,14 @@ use std::collections::HashMap;
 
 use headstart_kernels::DType;
 use headstart_kernels::cuda::{
-    Activations, Attention, Buffer, CudaError, Device, Gate, Graph, KvCache, Precision, Rope, Rows,
-    SPLIT, Staged, Tile,
+    Activations, Attention, Buffer, CudaError, Device, Gate, Graph, Precision, Rope, Rows, SPLIT,
+    Staged, Tile, capture_on,
 };
 
 use super::in_flight::{Batches, InFlight, piece};
-use super::load::{CudaModel, Group, Layer};
+use super::load::{CudaModel, Group, RankModel};
 use super::plan::{GRAPH_ROWS_MAX, GraphKey, Planned, SEQUENCES_MAX, table_stride_max};
-use super::{CudaExecutor, probe};
+use super::{CudaExecutor, Rank, probe};
 use crate::executor::{IN_FLIGHT_MAX, Limits, Row};
 use crate::model::Activation;
 
@@ -42,8 +42,13 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    pub(super) fn new(model: &CudaModel, limits: Limits, tokens: usize) -> Result<Self, CudaError> {
-        let (device, config) = (model.device(), model.config());
+    pub(super) fn new(
+        model: &RankModel,
+        precision: Precision,
+        limits: Limits,
+        tokens: usize,
+    ) -> Result<Self, CudaError> {
+        let (device, config) = (&model.device, &model.config);
         let (hidden, mlp, queries) =
             (config.hidden_size, config.intermediate_size, config.query_size());
         let stride = table_stride_max(limits);
@@ -58,7 +63,6 @@ impl Scratch {
         let head = model.head.as_ref().unwrap_or(&model.embedding);
         let frequencies = config.rope.inverse_frequencies(config.head_dim);
         let widest = hidden.max(mlp).max(queries);
-        let (precision, f32) = (model.precision(), Precision::F32);
         let input = Activations::new(device, precision, tokens * widest, "activations")?;
         let post = if config.post_norms { tokens * hidden } else { 1 };
         Ok(Self {
@@ -71,7 +75,7 @@ impl Scratch {
             )?,
             hidden: device.alloc(tokens * hidden, "activations")?,
             delta: device.alloc(tokens * hidden, "activations")?,
-            normed_delta: Activations::new(device, f32, post, "activations")?,
+            normed_delta: Activations::new(device, Precision::F32, post, "activations")?,
             input,
             qkv: device.alloc(tokens * (queries + 2 * config.kv_size()), "activations")?,
             query: Activations::new(device, precision, tokens * queries, "activations")?,
@@ -88,12 +92,22 @@ fn plain(dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::BF16)
 }
 
+/// A step's graphs, one on each device.
+#[derive(Debug)]
+struct Recording(Vec<Graph>);
+
+impl Recording {
+    fn launch(&self) -> Result<(), CudaError> {
+        self.0.iter().try_for_each(Graph::launch)
+    }
+}
+
 /// What is known of a shape of decode steps.
 #[derive(Debug)]
 enum Known {
     /// It ran plainly once: every kernel is loaded, every product has its plan.
     Warm,
-    Recorded(Graph),
+    Recorded(Recording),
 }
 
 /// Recorded decode steps.
@@ -115,21 +129,26 @@ impl CudaExecutor {
         planned: &Planned,
         batch: &mut InFlight,
     ) -> Result<(), CudaError> {
-        let (device, staged) = (self.model.device(), &mut self.scratch.staged);
         let Batches { lanes, kept, .. } = &mut self.batches;
-        let host = piece(device, &mut lanes[batch.lane].staging, index, staged.words())?;
-        staged.stage(device, &planned.batch, host)?;
-        device.take_tokens(staged, &kept[(batch.lane + IN_FLIGHT_MAX - 1) % IN_FLIGHT_MAX])?;
+        let ranks = self.model.parts.iter().zip(&mut self.ranks);
+        for ((part, rank), lane) in ranks.zip(&mut lanes[batch.lane]) {
+            let (device, staged) = (&part.device, &mut rank.scratch.staged);
+            let host = piece(device, &mut lane.staging, index, staged.words())?;
+            staged.stage(device, &planned.batch, host)?;
+        }
+        if let [rank] = &mut self.ranks[..] {
+            let kept = &kept[(batch.lane + IN_FLIGHT_MAX - 1) % IN_FLIGHT_MAX];
+            self.model.device().take_tokens(&mut rank.scratch.staged, kept)?;
+        }
         if let Some(key) = planned.graph {
             self.decode(key)?;
             return self.ask(rows, &planned.wanted, 0, key.rows, batch);
         }
-        layers(&self.model, &mut self.kv, &mut self.scratch)?;
+        layers(&self.model, &mut self.ranks)?;
         let probes = planned.batch.probes.len();
-        let at_once = self.probes.rows();
-        for first in (0..probes).step_by(at_once) {
-            let count = at_once.min(probes - first);
-            probe::head(&self.model, &mut self.scratch, &mut self.probes, first, count)?;
+        for first in (0..probes).step_by(probe::ROWS) {
+            let count = probe::ROWS.min(probes - first);
+            each(&self.model, &mut self.ranks, |part, rank| probe::head(part, rank, first, count))?;
             self.ask(rows, &planned.wanted, first, count, batch)?;
         }
         Ok(())
@@ -145,35 +164,70 @@ impl CudaExecutor {
         if self.graphs.0.len() >= GRAPHS_MAX && !warm {
             self.graphs.0.clear();
         }
-        let (model, kv) = (&self.model, &mut self.kv);
-        let (scratch, probes) = (&mut self.scratch, &mut self.probes);
+        let (model, ranks) = (&self.model, &mut self.ranks);
         let mut all = || {
-            layers(model, kv, scratch)?;
-            probe::head(model, scratch, probes, 0, key.rows)
+            layers(model, ranks)?;
+            each(model, ranks, |part, rank| probe::head(part, rank, 0, key.rows))
         };
         if !warm {
             all()?;
             self.graphs.0.insert(key, Known::Warm);
             return Ok(());
         }
-        let graph = model.device().capture(all)?;
-        graph.launch()?;
-        self.graphs.0.insert(key, Known::Recorded(graph));
+        let devices: Vec<&Device> = model.devices().collect();
+        let graphs = Recording(capture_on(&devices, all)?);
+        graphs.launch()?;
+        self.graphs.0.insert(key, Known::Recorded(graphs));
         Ok(())
     }
 }
 
+/// Does something on each rank, in order.
+fn each(
+    model: &CudaModel,
+    ranks: &mut [Rank],
+    mut work: impl FnMut(&RankModel, &mut Rank) -> Result<(), CudaError>,
+) -> Result<(), CudaError> {
+    model.parts.iter().zip(ranks).try_for_each(|(part, rank)| work(part, rank))
+}
+
+/// Sums the first `width` values a token of each rank's buffer over the ranks.
+fn sum(
+    model: &CudaModel,
+    ranks: &mut [Rank],
+    width: usize,
+    buffer: impl Fn(&mut Scratch) -> &mut Buffer<f32>,
+) -> Result<(), CudaError> {
+    let count = ranks[0].scratch.staged.rows() * width;
+    let mut buffers: Vec<_> = ranks.iter_mut().map(|rank| buffer(&mut rank.scratch)).collect();
+    model.collective.sum(&mut buffers, count)
+}
+
 /// Runs the staged tokens through all layers; keys and values go to the pages. What the last block
-/// adds stays in `delta`.
-fn layers(model: &CudaModel, kv: &mut KvCache, s: &mut Scratch) -> Result<(), CudaError> {
-    let (device, config) = (model.device(), model.config());
-    device.embed(&model.embedding, &s.staged, config.embedding_scale, &mut s.hidden)?;
-    device.rope_table(&s.staged, &s.frequencies, &mut s.angles)?;
-    for (index, layer) in model.layers.iter().enumerate() {
-        attention(model, layer, index, kv, s)?;
-        mlp(model, layer, s)?;
+/// adds stays in `delta`, on every rank.
+fn layers(model: &CudaModel, ranks: &mut [Rank]) -> Result<(), CudaError> {
+    let width = model.config.hidden_size;
+    each(model, ranks, embed)?;
+    sum(model, ranks, width, |s| &mut s.hidden)?;
+    for index in 0..model.config.layers {
+        each(model, ranks, |part, rank| attention(part, index, rank))?;
+        sum(model, ranks, width, |s| &mut s.delta)?;
+        each(model, ranks, |part, rank| mlp(part, index, rank))?;
+        sum(model, ranks, width, |s| &mut s.delta)?;
+        each(model, ranks, |part, rank| {
+            let layer = &part.layers[index];
+            finish(part, &layer.down, layer.post_mlp_norm.as_ref(), &mut rank.scratch)
+        })?;
     }
     Ok(())
+}
+
+/// A rank's part of the token embeddings, and the angles of all positions.
+fn embed(model: &RankModel, rank: &mut Rank) -> Result<(), CudaError> {
+    let (device, config, s) = (&model.device, &model.config, &mut rank.scratch);
+    let (first, scale) = (model.vocab.start, config.embedding_scale);
+    device.embed(&model.embedding, first, &s.staged, scale, &mut s.hidden)?;
+    device.rope_table(&s.staged, &s.frequencies, &mut s.angles)
 }
 
 /// `y = x · weightsᵀ` for all matrices of a group, side by side.
@@ -193,19 +247,19 @@ fn project(
     Ok(())
 }
 
-/// Adds the output's bias, and norms the output in models that do.
+/// Adds the bias to the sum of the ranks' outputs, and norms it in models that do.
 fn finish(
-    model: &CudaModel,
+    model: &RankModel,
     group: &Group,
     norm: Option<&Buffer<f32>>,
     s: &mut Scratch,
 ) -> Result<(), CudaError> {
-    let (device, tokens) = (model.device(), s.staged.rows());
+    let (device, tokens) = (&model.device, s.staged.rows());
     if let Some(bias) = &group.bias {
         device.add_bias(&mut s.delta, bias, tokens)?;
     }
     if let Some(norm) = norm {
-        let (eps, rows) = (model.config().norm_eps, Rows::First(tokens));
+        let (eps, rows) = (model.config.norm_eps, Rows::First(tokens));
         device.add_rms_norm(&mut s.delta, None, norm, eps, rows, &mut s.normed_delta)?;
         if let Activations::F32(normed) = &s.normed_delta {
             device.copy(normed, 0, &mut s.delta, 0, tokens * norm.len())?;
@@ -215,14 +269,9 @@ fn finish(
 }
 
 /// Residual of the block before, norm, projections, rotation, attention, output projection.
-fn attention(
-    model: &CudaModel,
-    layer: &Layer,
-    index: usize,
-    kv: &mut KvCache,
-    s: &mut Scratch,
-) -> Result<(), CudaError> {
-    let (device, config, tokens) = (model.device(), model.config(), s.staged.rows());
+fn attention(model: &RankModel, index: usize, rank: &mut Rank) -> Result<(), CudaError> {
+    let (layer, kv, s) = (&model.layers[index], &mut rank.kv, &mut rank.scratch);
+    let (device, config, tokens) = (&model.device, &model.config, s.staged.rows());
     let (eps, rows) = (config.norm_eps, Rows::First(tokens));
     let delta = (index > 0).then_some(&s.delta);
     device.add_rms_norm(&mut s.hidden, delta, &layer.attention_norm, eps, rows, &mut s.input)?;
@@ -241,13 +290,14 @@ fn attention(
         window: config.windows[index],
     };
     device.attend(&how, &s.query, kv, index, &s.staged, &mut s.parts, &mut s.input)?;
-    project(device, &layer.output, &s.input, tokens, &mut s.delta, &mut s.tile)?;
-    finish(model, &layer.output, layer.post_attention_norm.as_ref(), s)
+    project(device, &layer.output, &s.input, tokens, &mut s.delta, &mut s.tile)
 }
 
-/// Residual of attention, norm, gated MLP.
-fn mlp(model: &CudaModel, layer: &Layer, s: &mut Scratch) -> Result<(), CudaError> {
-    let (device, config, tokens) = (model.device(), model.config(), s.staged.rows());
+/// The rest of attention's output, its residual, norm, gated MLP.
+fn mlp(model: &RankModel, index: usize, rank: &mut Rank) -> Result<(), CudaError> {
+    let (layer, s) = (&model.layers[index], &mut rank.scratch);
+    finish(model, &layer.output, layer.post_attention_norm.as_ref(), s)?;
+    let (device, config, tokens) = (&model.device, &model.config, s.staged.rows());
     let (eps, rows) = (config.norm_eps, Rows::First(tokens));
     let delta = Some(&s.delta);
     device.add_rms_norm(&mut s.hidden, delta, &layer.mlp_norm, eps, rows, &mut s.input)?;
@@ -258,6 +308,5 @@ fn mlp(model: &CudaModel, layer: &Layer, s: &mut Scratch) -> Result<(), CudaErro
     };
     let (bias, width) = (layer.gate_up.bias.as_ref(), config.intermediate_size);
     device.gate(gate, &s.gate_up, bias, tokens, width, &mut s.input)?;
-    project(device, &layer.down, &s.input, tokens, &mut s.delta, &mut s.tile)?;
-    finish(model, &layer.down, layer.post_mlp_norm.as_ref(), s)
+    project(device, &layer.down, &s.input, tokens, &mut s.delta, &mut s.tile)
 }

@@ -1,24 +1,26 @@
 //! Batches between their submission and their collection.
 //!
-//! The device has one set of buffers, for its work is in one order. The host has two of those that it
+//! A device has one set of buffers, for its work is in one order. The host has two of those that it
 //! fills or reads, for while the device reads or writes one it goes on with the other. A chosen token
 //! stays on the device for the batch behind, whose row may need it before the host knows it.
 
 use std::collections::VecDeque;
 
 use headstart_kernels::cuda::{
-    Buffer, CudaError, Device, Keep, Pinned, Questions, Timer, TokenFound,
+    Answers, Buffer, CudaError, Device, Keep, Pinned, Questions, SampleArgs, Timer, TokenFound,
 };
 
+use super::load::{CudaModel, RankModel};
 use super::plan::Wanted;
-use super::probe::sample_question;
+use super::probe::{Draw, SAMPLED_ROWS, join, sample_question};
 use super::{CudaExecutor, lost};
-use crate::executor::{ExecutorError, Found, IN_FLIGHT_MAX, Limits, Row, Scored};
+use crate::executor::vocab::join_top;
+use crate::executor::{ExecutorError, Found, IN_FLIGHT_MAX, Limits, Row, Scored, TokenId};
 
 /// Words that host memory for questions and answers has at least: most batches need no more.
 const WORDS_MIN: usize = 16 << 10;
 
-/// What the host shares with the device for one batch.
+/// What the host shares with a rank's device for one batch.
 #[derive(Debug, Default)]
 pub(super) struct Lane {
     /// Of each chunk.
@@ -50,7 +52,10 @@ struct Asked {
     wanted: Vec<Wanted>,
     /// The first of the batch's probes that are among them.
     first: usize,
-    questions: Questions,
+    /// What each rank is asked, and the first token of its part of the vocabulary.
+    questions: Vec<(Questions, u32)>,
+    /// What is drawn from the logits of several ranks; one rank draws by itself.
+    draws: Vec<Draw>,
     /// For each wanted one its place among the samples, unless the argmax is its answer.
     drawn: Vec<Option<usize>>,
 }
@@ -62,14 +67,17 @@ pub(super) struct InFlight {
     pub(super) lane: usize,
     rows: usize,
     asked: Vec<Asked>,
-    /// Reached when all its work is done.
-    done: Option<Timer>,
+    /// Draws of all of them.
+    draws: usize,
+    /// Reached when all its work is done, on each device.
+    done: Vec<Timer>,
 }
 
 /// All batches in flight.
 #[derive(Debug)]
 pub(super) struct Batches {
-    pub(super) lanes: [Lane; IN_FLIGHT_MAX],
+    /// One of each rank, and one for draws from the logits of several.
+    pub(super) lanes: [Vec<Lane>; IN_FLIGHT_MAX],
     /// What the rows of the batch in each lane chose.
     pub(super) kept: [Buffer<u32>; IN_FLIGHT_MAX],
     in_flight: VecDeque<InFlight>,
@@ -81,10 +89,11 @@ pub(super) struct Batches {
 
 impl Batches {
     /// A row writes a page of its own, so there are as many rows as pages at most.
-    pub(super) fn new(device: &Device, limits: Limits) -> Result<Self, CudaError> {
-        let kept = || device.alloc(limits.pages, "chosen tokens");
+    pub(super) fn new(model: &CudaModel, limits: Limits) -> Result<Self, CudaError> {
+        let kept = || model.device().alloc(limits.pages, "chosen tokens");
+        let lanes = || (0..=model.parts.len()).map(|_| Lane::default()).collect();
         Ok(Self {
-            lanes: Default::default(),
+            lanes: [lanes(), lanes()],
             kept: [kept()?, kept()?],
             in_flight: VecDeque::new(),
             next: 0,
@@ -105,34 +114,48 @@ impl Batches {
         if rows > self.kept[0].len() {
             return Err(refused(format!("{rows} rows on {} pages", self.kept[0].len())));
         }
-        Ok(InFlight { lane: self.next, rows, asked: Vec::new(), done: None })
+        Ok(InFlight { lane: self.next, rows, asked: Vec::new(), draws: 0, done: Vec::new() })
     }
 
     /// It is submitted.
-    pub(super) fn push(&mut self, batch: InFlight, rows: &[Row<'_>], done: Timer) {
-        let samples = |row: &Row<'_>| row.probes.last().is_some_and(|probe| probe.sample);
+    pub(super) fn push(&mut self, batch: InFlight, rows: &[Row<'_>], done: Vec<Timer>) {
+        // One rank keeps what it chose on the device.
+        let keeps = self.lanes[0].len() == 2;
+        let samples = |row: &Row<'_>| keeps && row.probes.last().is_some_and(|probe| probe.sample);
         self.samples = rows.iter().map(samples).collect();
         self.next = (self.next + 1) % IN_FLIGHT_MAX;
-        self.in_flight.push_back(InFlight { done: Some(done), ..batch });
+        self.in_flight.push_back(InFlight { done, ..batch });
     }
 
     /// Waits for the oldest one.
     pub(super) fn collect(&mut self) -> Result<Vec<Vec<Found>>, ExecutorError> {
         let nothing = || ExecutorError { message: "nothing is in flight".into(), fatal: false };
         let batch = self.in_flight.pop_front().ok_or_else(nothing)?;
-        if let Some(done) = &batch.done {
-            done.wait().map_err(lost)?;
-        }
-        let mut found = vec![Vec::new(); batch.rows];
-        for (asked, answers) in batch.asked.iter().zip(&mut self.lanes[batch.lane].answers) {
-            asked.tell(answers.wait_for().map_err(lost)?, &mut found)?;
+        batch.done.iter().try_for_each(Timer::wait).map_err(lost)?;
+        let (mut found, mut draws) = (vec![Vec::new(); batch.rows], 0);
+        let lanes = &mut self.lanes[batch.lane];
+        for (index, asked) in batch.asked.iter().enumerate() {
+            let mut read = |questions: &Questions, lane: usize, index: usize| {
+                let words = lanes[lane].answers[index].wait_for();
+                words.map(|words| questions.read(words)).map_err(lost)
+            };
+            let mut parts = Vec::with_capacity(asked.questions.len());
+            for (rank, (questions, _)) in asked.questions.iter().enumerate() {
+                parts.push(read(questions, rank, index)?);
+            }
+            let mut samples = std::mem::take(&mut parts[0].samples);
+            for draw in &asked.draws {
+                samples.extend(read(&draw.questions, parts.len(), draws)?.samples);
+                draws += 1;
+            }
+            asked.tell(&parts, &samples, &mut found)?;
         }
         Ok(found)
     }
 }
 
 impl CudaExecutor {
-    /// Asks about the probes whose logits are on the device: `first..first + count` of the chunk.
+    /// Asks about the probes whose logits are on the devices: `first..first + count` of the chunk.
     pub(super) fn ask(
         &mut self,
         rows: &[Row<'_>],
@@ -146,16 +169,27 @@ impl CudaExecutor {
         if wanted.is_empty() {
             return Ok(());
         }
-        let (device, vocab) = (self.model.device(), self.limits.vocab_size);
-        let asked = Asked::new(rows, wanted, first, count, vocab);
-        let (index, questions) = (batch.asked.len(), &asked.questions);
+        let (model, index) = (&self.model, batch.asked.len());
+        let asked = Asked::new(rows, wanted, first, count, model);
         let Batches { lanes, kept, .. } = &mut self.batches;
-        let Lane { asked: questions_host, answers, .. } = &mut lanes[batch.lane];
-        let questions_host = piece(device, questions_host, index, questions.words())?;
-        let answers = piece(device, answers, index, questions.answer_words())?;
-        let (p, kept) = (&mut self.probes, &mut kept[batch.lane]);
-        let logits = (&p.logits, vocab);
-        device.ask(questions, logits, &p.found, &mut p.ask, questions_host, answers, kept)?;
+        let (lanes, kept) = (&mut lanes[batch.lane], &mut kept[batch.lane]);
+        let ranks = model.parts.iter().zip(&mut self.ranks).zip(&asked.questions);
+        for (((part, rank), (questions, _)), lane) in ranks.zip(&mut *lanes) {
+            let (device, p) = (&part.device, &mut rank.probes);
+            let host = piece(device, &mut lane.asked, index, questions.words())?;
+            let answers = piece(device, &mut lane.answers, index, questions.answer_words())?;
+            let logits = (&p.logits, part.vocab.len());
+            device.ask(questions, logits, &p.found, &mut p.ask, host, answers, kept)?;
+        }
+        if let (Some(drawing), Some(lane)) = (&mut self.drawing, lanes.last_mut()) {
+            for draw in &asked.draws {
+                let (device, questions, at) = (model.device(), &draw.questions, batch.draws);
+                let host = piece(device, &mut lane.asked, at, questions.words())?;
+                let answers = piece(device, &mut lane.answers, at, questions.answer_words())?;
+                drawing.draw(model, &self.ranks, draw, [host, answers], kept)?;
+                batch.draws += 1;
+            }
+        }
         batch.asked.push(asked);
         Ok(())
     }
@@ -167,42 +201,75 @@ impl Asked {
         wanted: Vec<Wanted>,
         first: usize,
         count: usize,
-        vocab: usize,
+        model: &CudaModel,
     ) -> Self {
-        let mut questions = Questions { rows: count, ..Questions::default() };
+        // As if there were one rank; then what is to be drawn and kept goes where it belongs.
+        let mut all = Questions { rows: count, ..Questions::default() };
         let mut drawn = Vec::with_capacity(wanted.len());
         for w in &wanted {
             let (row, at) = (&rows[w.row], w.at - first);
-            questions.tops.push((at as u32, w.probe.top.min(vocab) as u32));
             let draws = w.probe.sample && !row.sampling.is_plain_greedy();
-            let sample = draws.then_some(questions.samples.len());
+            let sample = draws.then_some(all.samples.len());
             if draws {
-                sample_question(row, w.probe.position, at, &mut questions);
+                sample_question(row, w.probe.position, at, &mut all);
             }
             if w.probe.sample && row.probes.last() == Some(&w.probe) {
                 let at = sample.unwrap_or(at) as u32;
-                questions.keep.push(Keep { place: w.row as u32, at, drawn: draws });
+                all.keep.push(Keep { place: w.row as u32, at, drawn: draws });
             }
             drawn.push(sample);
         }
-        Self { wanted, first, questions, drawn }
+        let tops = |vocab: usize| -> Vec<(u32, u32)> {
+            let top = |w: &Wanted| ((w.at - first) as u32, w.probe.top.min(vocab) as u32);
+            wanted.iter().map(top).collect()
+        };
+        if let [part] = &model.parts[..] {
+            all.tops = tops(part.vocab.len());
+            return Self { wanted, first, questions: vec![(all, 0)], draws: Vec::new(), drawn };
+        }
+        let part = |part: &RankModel| {
+            let tops = tops(part.vocab.len());
+            let questions = Questions { rows: count, tops, ..Questions::default() };
+            (questions, part.vocab.start as u32)
+        };
+        let questions = model.parts.iter().map(part).collect();
+        let draws = all.samples.chunks(SAMPLED_ROWS).map(|samples| {
+            let mut draw = Draw::default();
+            draw.questions.penalties = all.penalties.clone();
+            draw.questions.rows = samples.len();
+            for args in samples {
+                draw.questions.samples.push(SampleArgs { row: draw.rows.len() as u32, ..*args });
+                draw.rows.push(args.row as usize);
+            }
+            draw
+        });
+        let draws = draws.collect();
+        Self { wanted, first, questions, draws, drawn }
     }
 
-    /// Tells each probe's row what was found.
-    fn tell(&self, words: &[u32], found: &mut [Vec<Found>]) -> Result<(), ExecutorError> {
-        let answers = self.questions.read(words);
-        let facts = |w: &Wanted| &answers.facts[w.at - self.first];
-        if let Some(bad) = self.wanted.iter().find(|w| !facts(w).log_sum_exp.is_finite()) {
-            let position = bad.probe.position;
-            let message = format!("the model's logits at position {position} are not finite");
-            return Err(ExecutorError { message, fatal: false });
-        }
-        for ((wanted, drawn), top) in self.wanted.iter().zip(&self.drawn).zip(answers.tops) {
-            let facts = facts(wanted);
-            let scored = |(token, logit)| Scored { token, logprob: logprob(logit, facts) };
-            let chosen = || drawn.map_or((facts.argmax, facts.max), |at| answers.samples[at]);
+    /// Tells each probe's row what was found by the ranks, and drawn.
+    fn tell(
+        &self,
+        parts: &[Answers],
+        samples: &[(TokenId, f32)],
+        found: &mut [Vec<Found>],
+    ) -> Result<(), ExecutorError> {
+        for (index, (wanted, drawn)) in self.wanted.iter().zip(&self.drawn).enumerate() {
+            let at = wanted.at - self.first;
+            let facts = join(&parts.iter().map(|part| part.facts[at]).collect::<Vec<_>>());
+            if !facts.log_sum_exp.is_finite() {
+                let position = wanted.probe.position;
+                let message = format!("the model's logits at position {position} are not finite");
+                return Err(ExecutorError { message, fatal: false });
+            }
+            let scored = |(token, logit)| Scored { token, logprob: logprob(logit, &facts) };
+            let chosen = || drawn.map_or((facts.argmax, facts.max), |at| samples[at]);
+            let top = parts.iter().zip(&self.questions).map(|(part, (_, start))| {
+                part.tops[index].iter().map(|(token, logit)| (token + start, *logit)).collect()
+            });
+            let top = join_top(top, wanted.probe.top);
             found[wanted.row].push(Found {
-                target: wanted.probe.target.map(|_| logprob(facts.target, facts)),
+                target: wanted.probe.target.map(|_| logprob(facts.target, &facts)),
                 sampled: wanted.probe.sample.then(|| scored(chosen())),
                 top: top.into_iter().map(scored).collect(),
             });

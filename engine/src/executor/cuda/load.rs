@@ -1,5 +1,6 @@
-//! A model's weights on the device.
+//! A model's weights on the device, or on several.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -7,9 +8,10 @@ use headstart_kernels::cuda::{Buffer, CudaError, Device, Precision, Weights};
 use headstart_kernels::{DType, dequantise, quantise};
 
 use super::CudaLoadError;
+use super::collective::{Collective, Ranks};
 use crate::executor::ModelHash;
 use crate::model::tensors::{Norm, Part, Raw, Tensors};
-use crate::model::{ModelConfig, Progress, WeightDtype};
+use crate::model::{ModelConfig, Progress, Shard, WeightDtype};
 
 /// Elements that are expanded at once on their way to the device.
 const EXPAND_LEN: usize = 1 << 20;
@@ -40,39 +42,67 @@ pub(super) struct Layer {
     pub(super) post_mlp_norm: Option<Buffer<f32>>,
 }
 
-/// A model on a GPU, shared read-only by its executors.
+/// What one tensor-parallel rank holds of a model.
 #[derive(Debug)]
-pub struct CudaModel {
+pub(super) struct RankModel {
     pub(super) device: Device,
+    /// With its own heads and its own part of the MLP's width.
     pub(super) config: ModelConfig,
-    pub(super) precision: Precision,
-    /// Names the model and how its weights are kept; `None`: it has no files.
-    pub(super) hash: Option<ModelHash>,
+    /// Tokens whose rows of the embedding and the head are here.
+    pub(super) vocab: Range<usize>,
     pub(super) embedding: Weights,
     pub(super) head: Option<Weights>,
     pub(super) final_norm: Buffer<f32>,
     pub(super) layers: Vec<Layer>,
+}
+
+/// A model on a GPU, or in parts on one or several, shared read-only by its executors.
+#[derive(Debug)]
+pub struct CudaModel {
+    /// In the order of the ranks.
+    pub(super) parts: Vec<RankModel>,
+    /// How their results are summed.
+    pub(super) collective: Collective,
+    /// The whole model.
+    pub(super) config: ModelConfig,
+    pub(super) precision: Precision,
+    /// Names the model and how its weights are kept; `None`: it has no files.
+    pub(super) hash: Option<ModelHash>,
     /// Held through a step: the model's executors share a stream, and what one of them launches
     /// while another records would become part of the recording.
     pub(super) turn: Mutex<()>,
 }
 
 impl CudaModel {
+    /// Loads a rank's part after the other; `devices` are theirs, in order.
     pub(super) fn load(
-        device: &Device,
+        devices: &[Device],
+        ranks: Ranks,
         path: &Path,
         dtype: WeightDtype,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Self, CudaLoadError> {
-        let tensors = Tensors::open(path, progress)?;
+        let mut nobody = |_: Progress| ();
+        let files = Tensors::open(path, Shard::WHOLE, &mut nobody)?;
         let precision = match dtype {
             WeightDtype::F32 => Precision::F32,
-            WeightDtype::Auto if tensors.embedding_dtype()? == DType::F32 => Precision::F32,
+            WeightDtype::Auto if files.embedding_dtype()? == DType::F32 => Precision::F32,
             WeightDtype::Auto | WeightDtype::Bf16 => Precision::Bf16,
         };
-        let keeps = dtype == WeightDtype::Auto;
-        let hash = tensors.hash(dtype)?;
-        Uploader { device, tensors, precision, keeps, hash }.model()
+        let (hash, config) = (Some(files.hash(dtype)?), files.whole().clone());
+        let (keeps, count) = (dtype == WeightDtype::Auto, devices.len());
+        let part = |(rank, device): (usize, &Device)| {
+            // Each part reports its own way through the whole file.
+            let mut scaled = |p: Progress| {
+                let done = (rank as u64 * p.bytes_total + p.bytes_loaded) / count as u64;
+                progress(Progress { bytes_loaded: done, ..p });
+            };
+            let tensors = Tensors::open(path, Shard { rank, ranks: count }, &mut scaled)?;
+            Uploader { device, tensors, precision, keeps }.part()
+        };
+        let parts: Vec<_> = devices.iter().enumerate().map(part).collect::<Result<_, _>>()?;
+        let collective = Collective::new(ranks, devices).map_err(CudaLoadError::Device)?;
+        Ok(Self { parts, collective, config, precision, hash, turn: Mutex::default() })
     }
 
     /// A model of this shape with random bf16 weights, made on the device: for measuring.
@@ -88,22 +118,28 @@ impl CudaModel {
         random(&device, config).map_err(CudaLoadError::Copy)
     }
 
-    /// What the model is.
+    /// What the whole model is.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// The name of the GPU that it is on.
+    /// The name of the GPU that its first rank is on.
     #[must_use]
     pub fn device_name(&self) -> &str {
-        self.device.name()
+        self.device().name()
     }
 
-    /// The device that it is on.
+    /// The device that its first rank is on.
     #[must_use]
     pub fn device(&self) -> &Device {
-        &self.device
+        &self.parts[0].device
+    }
+
+    /// Its devices, each once.
+    pub(super) fn devices(&self) -> impl Iterator<Item = &Device> {
+        let apart = if self.collective.spans_devices() { self.parts.len() } else { 1 };
+        self.parts[..apart].iter().map(|part| &part.device)
     }
 
     /// What activations, keys and values are kept in.
@@ -115,31 +151,41 @@ impl CudaModel {
     /// Bytes of all matrices.
     #[must_use]
     pub fn weight_bytes(&self) -> usize {
-        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.output, &l.gate_up, &l.down]);
-        let groups = layers.flat_map(|g| &g.weights);
-        groups.chain([&self.embedding]).chain(&self.head).map(Weights::bytes).sum()
+        self.rank_weight_bytes().sum()
+    }
+
+    /// Bytes of the matrices of each rank.
+    pub fn rank_weight_bytes(&self) -> impl Iterator<Item = usize> {
+        self.parts.iter().map(RankModel::weight_bytes)
     }
 
     /// Bytes of the matrices that each step reads whole: all but an embedding that is not the head.
     #[must_use]
     pub fn decode_bytes(&self) -> usize {
-        let looked_up = self.head.as_ref().map_or(0, |_| self.embedding.bytes());
-        self.weight_bytes() - looked_up
+        let looked_up = |part: &RankModel| part.head.as_ref().map_or(0, |_| part.embedding.bytes());
+        self.weight_bytes() - self.parts.iter().map(looked_up).sum::<usize>()
     }
 }
 
-/// One model on its way to the device.
+impl RankModel {
+    fn weight_bytes(&self) -> usize {
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.output, &l.gate_up, &l.down]);
+        let groups = layers.flat_map(|g| &g.weights);
+        groups.chain([&self.embedding]).chain(&self.head).map(Weights::bytes).sum()
+    }
+}
+
+/// One rank's part of a model on its way to the device.
 struct Uploader<'a, 'p> {
     device: &'a Device,
     tensors: Tensors<'p>,
     precision: Precision,
     /// Formats that kernels read in place stay as the file has them.
     keeps: bool,
-    hash: ModelHash,
 }
 
 impl Uploader<'_, '_> {
-    fn model(mut self) -> Result<CudaModel, CudaLoadError> {
+    fn part(mut self) -> Result<RankModel, CudaLoadError> {
         let (device, precision, keeps) = (self.device, self.precision, self.keeps);
         let embedding = upload(device, self.tensors.embedding()?, precision, keeps)?;
         let head = match self.tensors.head()? {
@@ -150,19 +196,11 @@ impl Uploader<'_, '_> {
         let layers = (0..layers).map(|index| self.layer(index)).collect::<Result<_, _>>()?;
         let final_norm = self.tensors.final_norm()?;
         let final_norm = vector(device, &final_norm)?;
-        let config = self.tensors.config().clone();
+        let (config, vocab) = (self.tensors.config().clone(), self.tensors.vocab());
         device.synchronize().map_err(CudaLoadError::Copy)?;
-        Ok(CudaModel {
-            device: device.clone(),
-            config,
-            precision,
-            hash: Some(self.hash),
-            embedding,
-            head,
-            final_norm,
-            layers,
-            turn: Mutex::default(),
-        })
+        self.tensors.finish();
+        let device = device.clone();
+        Ok(RankModel { device, config, vocab, embedding, head, final_norm, layers })
     }
 
     fn layer(&mut self, index: usize) -> Result<Layer, CudaLoadError> {
@@ -290,7 +328,15 @@ fn random(device: &Device, config: ModelConfig) -> Result<CudaModel, CudaError> 
     }
     let final_norm = ones()?;
     device.synchronize()?;
-    let (device, precision) = (device.clone(), Precision::Bf16);
-    let (turn, hash) = (Mutex::default(), None);
-    Ok(CudaModel { device, config, precision, hash, embedding, head, final_norm, layers, turn })
+    let (device, vocab) = (device.clone(), 0..config.vocab_size);
+    let whole = config.clone();
+    let part = RankModel { device, config, vocab, embedding, head, final_norm, layers };
+    Ok(CudaModel {
+        parts: vec![part],
+        collective: Collective::Alone,
+        config: whole,
+        precision: Precision::Bf16,
+        hash: None,
+        turn: Mutex::default(),
+    })
 }

@@ -1,5 +1,7 @@
-//! The CUDA executor: one forward pass for all rows of a batch, over paged keys and values, on one
-//! GPU.
+//! The CUDA executor: one forward pass for all rows of a batch, over paged keys and values.
+//!
+//! A model may be cut among tensor-parallel ranks. One executor, on one thread, drives all of them
+//! through a step, kernel by kernel, and sums what they found after attention and after the MLP.
 //!
 //! The new tokens of all rows are laid end to end and run in chunks. A chunk in which every row has
 //! one new token, a decode step, runs as a recorded graph: the first batch of a shape runs plainly,
@@ -10,6 +12,7 @@
 //! bit. In bf16 they do so within a kind of batch (alone, few rows, many rows): the products of large
 //! batches are cublasLt's, whose order of additions is its own.
 
+mod collective;
 mod forward;
 mod in_flight;
 mod load;
@@ -21,11 +24,13 @@ mod probe;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
-use headstart_kernels::cuda::{Buffer, CudaError, Device, KvCache, KvDims};
+use headstart_kernels::cuda::{Buffer, CudaError, Device, KvCache, KvDims, Precision};
 
 use super::{Executor, ExecutorError, Found, KvFormat, Limits, PageId, Pipeline, Row};
 use crate::model::{LoadError, Progress, WeightDtype};
+pub use collective::Ranks;
 pub use load::CudaModel;
+use load::RankModel;
 
 /// How a [`CudaExecutor`] is set up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,19 +55,29 @@ pub fn devices() -> usize {
     Device::count()
 }
 
-/// Loads a model to GPU `ordinal`; compiled kernels are kept in `cache`.
+/// Loads a model for `ranks`, each of which reads and keeps its own part of it; compiled kernels are
+/// kept in `cache`.
 ///
 /// # Errors
 /// One sentence that says what is missing, or what is wrong with the file.
 pub fn load(
     path: &Path,
     dtype: WeightDtype,
-    ordinal: usize,
+    ranks: Ranks,
     cache: Option<PathBuf>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Arc<CudaModel>, CudaLoadError> {
-    let device = Device::open(ordinal, cache.as_deref()).map_err(CudaLoadError::Device)?;
-    CudaModel::load(&device, path, dtype, progress).map(Arc::new)
+    let mut devices: Vec<(usize, Device)> = Vec::new();
+    for ordinal in ranks.ordinals() {
+        let open = devices.iter().find(|(other, _)| *other == ordinal).map(|(_, d)| d.clone());
+        let device = match open {
+            Some(device) => device,
+            None => Device::open(ordinal, cache.as_deref()).map_err(CudaLoadError::Device)?,
+        };
+        devices.push((ordinal, device));
+    }
+    let devices: Vec<Device> = devices.into_iter().map(|(_, device)| device).collect();
+    CudaModel::load(&devices, ranks, path, dtype, progress).map(Arc::new)
 }
 
 /// Why a model is not on the GPU.
@@ -84,20 +99,55 @@ fn lost(error: CudaError) -> ExecutorError {
     ExecutorError { message: format!("GPU: {error}"), fatal: true }
 }
 
-/// Runs a model on one GPU. Several executors may share one model; their work is serialised.
+/// What one rank has beside its part of the model.
+#[derive(Debug)]
+struct Rank {
+    /// Of its own KV heads.
+    kv: KvCache,
+    /// A page on its way.
+    page: Buffer<u8>,
+    scratch: forward::Scratch,
+    probes: probe::Scratch,
+}
+
+/// Runs a model on GPUs. Several executors may share one model; their work is serialised.
 #[derive(Debug)]
 pub struct CudaExecutor {
     model: Arc<CudaModel>,
-    kv: KvCache,
-    /// A page on its way, on the device and here.
-    page: Buffer<u8>,
+    /// In the order of the model's parts.
+    ranks: Vec<Rank>,
+    /// Where tokens are drawn from the logits of several ranks.
+    drawing: Option<probe::Drawing>,
+    /// A rank's part of a page on its way.
     page_host: Vec<u8>,
-    scratch: forward::Scratch,
     graphs: forward::Graphs,
-    probes: probe::Scratch,
     batches: in_flight::Batches,
     chunk_tokens: usize,
     limits: Limits,
+}
+
+impl Rank {
+    fn new(
+        model: &RankModel,
+        precision: Precision,
+        limits: Limits,
+        chunk_tokens: usize,
+    ) -> Result<Self, CudaError> {
+        let (device, config) = (&model.device, &model.config);
+        let dims = KvDims {
+            layers: config.layers,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            page_size: limits.page_size,
+            // One more, for the rows that fill a recorded batch up.
+            pages: limits.pages + 1,
+        };
+        let kv = KvCache::new(device, dims, precision)?;
+        let page = device.alloc(kv.page_bytes(), "a KV page")?;
+        let scratch = forward::Scratch::new(model, precision, limits, chunk_tokens)?;
+        let probes = probe::Scratch::new(model)?;
+        Ok(Self { kv, page, scratch, probes })
+    }
 }
 
 impl CudaExecutor {
@@ -111,17 +161,6 @@ impl CudaExecutor {
         let config = model.config();
         let page_size = options.page_size.max(1);
         let pages = options.kv_tokens.div_ceil(page_size).max(1);
-        let dims = KvDims {
-            layers: config.layers,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-            page_size,
-            // One more, for the rows that fill a recorded batch up.
-            pages: pages + 1,
-        };
-        let kv = KvCache::new(model.device(), dims, model.precision()).map_err(refused)?;
-        let page = model.device().alloc(kv.page_bytes(), "a KV page").map_err(refused)?;
-        let page_host = vec![0; kv.page_bytes()];
         let limits = Limits {
             vocab_size: config.vocab_size,
             context_length: config.context_length.min(pages * page_size),
@@ -129,22 +168,16 @@ impl CudaExecutor {
             pages,
         };
         let chunk_tokens = options.chunk_tokens.max(plan::GRAPH_ROWS_MAX);
-        let scratch = forward::Scratch::new(&model, limits, chunk_tokens).map_err(refused)?;
-        let probes = probe::Scratch::new(&model, limits).map_err(refused)?;
-        let graphs = forward::Graphs::default();
-        let batches = in_flight::Batches::new(model.device(), limits).map_err(refused)?;
-        Ok(Self {
-            model,
-            kv,
-            page,
-            page_host,
-            scratch,
-            graphs,
-            probes,
-            batches,
-            chunk_tokens,
-            limits,
-        })
+        let rank = |part| Rank::new(part, model.precision(), limits, chunk_tokens);
+        let ranks: Vec<Rank> =
+            model.parts.iter().map(rank).collect::<Result<_, _>>().map_err(refused)?;
+        let drawing = match ranks.len() {
+            1 => None,
+            _ => Some(probe::Drawing::new(&model).map_err(refused)?),
+        };
+        let batches = in_flight::Batches::new(&model, limits).map_err(refused)?;
+        let (page_host, graphs) = (Vec::new(), forward::Graphs::default());
+        Ok(Self { model, ranks, drawing, page_host, graphs, batches, chunk_tokens, limits })
     }
 
     /// The model that it runs.
@@ -156,7 +189,7 @@ impl CudaExecutor {
     /// Bytes of the KV pool.
     #[must_use]
     pub fn kv_bytes(&self) -> usize {
-        self.kv.page_bytes() * self.kv.dims().pages
+        self.ranks.iter().map(|rank| rank.kv.page_bytes() * rank.kv.dims().pages).sum()
     }
 
     /// Recorded graphs.
@@ -181,7 +214,11 @@ impl Executor for CudaExecutor {
     }
 
     fn pipeline(&mut self) -> Option<&mut dyn Pipeline> {
-        Some(self)
+        // What several ranks choose is known on the host, when it has joined what they found.
+        match self.ranks.len() {
+            1 => Some(self),
+            _ => None,
+        }
     }
 
     fn kv_format(&self) -> Option<KvFormat> {
@@ -203,12 +240,12 @@ impl Pipeline for CudaExecutor {
         let mut batch = self.batches.begin(rows.len())?;
         let model = Arc::clone(&self.model);
         let _turn = model.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let extends = self.kv.extends();
+        let extends = self.ranks[0].kv.extends();
         for (index, chunk) in plan::chunks(rows, self.chunk_tokens).iter().enumerate() {
             let planned = plan::plan(rows, chunk, self.limits, extends);
             self.run(rows, index, &planned, &mut batch).map_err(lost)?;
         }
-        let done = model.device().timer().map_err(lost)?;
+        let done = model.devices().map(Device::timer).collect::<Result<_, _>>().map_err(lost)?;
         self.batches.push(batch, rows, done);
         Ok(())
     }

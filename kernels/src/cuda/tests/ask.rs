@@ -57,7 +57,9 @@ fn many_questions_at_once_are_answered_as_one_by_one() {
         let mut staged = staged(&device, &batch, vocab, rows, 16);
         let mut parts = upload(&device, &vec![0.0; Device::vocab_parts(rows, vocab)]);
         let mut found = upload(&device, &vec![0.0; 4 * rows]);
-        device.vocab_stats(&logits, rows, &staged, 0, &mut parts, &mut found).expect("a launch");
+        device
+            .vocab_stats(&logits, 0..vocab, rows, &staged, 0, &mut parts, &mut found)
+            .expect("a launch");
         let mut questions = Questions { rows, ..Questions::default() };
         for row in (0..rows).filter(|row| row % 3 != 1) {
             let penalties = (questions.penalties.len(), row % 4);

@@ -24,7 +24,9 @@ fn facts_and_likeliest_tokens() {
         let buffer = upload(&device, &x);
         let mut parts = upload(&device, &vec![0.0; Device::vocab_parts(rows, vocab)]);
         let mut found = upload(&device, &vec![0.0; 4 * rows]);
-        device.vocab_stats(&buffer, rows, &staged, 2, &mut parts, &mut found).expect("a launch");
+        let all = 0..vocab;
+        let done = device.vocab_stats(&buffer, all, rows, &staged, 2, &mut parts, &mut found);
+        done.expect("a launch");
         let found = device.read_found(&found, rows).expect("a copy");
         let wanted: Vec<(u32, u32)> =
             (0..rows as u32).map(|r| (r, (r % 6).min(vocab as u32))).collect();
@@ -55,7 +57,7 @@ fn a_row_that_is_not_finite_shows() {
     let mut parts = upload(&device, &vec![0.0; Device::vocab_parts(2, 5000)]);
     let mut found = upload(&device, &[0.0; 8]);
     let buffer = upload(&device, &x);
-    device.vocab_stats(&buffer, 2, &staged, 0, &mut parts, &mut found).expect("a launch");
+    device.vocab_stats(&buffer, 0..5000, 2, &staged, 0, &mut parts, &mut found).expect("a launch");
     let found = device.read_found(&found, 2).expect("a copy");
     assert!(found.iter().all(|f| !f.log_sum_exp.is_finite()), "{found:?}");
 }

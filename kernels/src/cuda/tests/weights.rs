@@ -159,7 +159,7 @@ fn embeddings_are_rows_and_joined_matrices_are_whole() {
         batch.tokens = vec![7, 0, 2, 3, 7];
         let staged = staged(&device, &batch, 8, 5, 16);
         let mut out = upload(&device, &vec![0.0; 5 * cols]);
-        device.embed(&joined, &staged, 2.0, &mut out).expect("a launch");
+        device.embed(&joined, 0, &staged, 2.0, &mut out).expect("a launch");
         let values = [a_values, b_values].concat();
         let expected: Vec<f32> = batch
             .tokens
