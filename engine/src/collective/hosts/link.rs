@@ -69,6 +69,15 @@ impl Link {
         self.pulse.lose(RankLost::new(self.rank, cause))
     }
 
+    /// The connection ended. A leader that leaves says so over the pulse's, which therefore stays
+    /// open where it is the leader that closed.
+    fn ended(&self, error: &io::Error) -> RankLost {
+        if self.rank == 0 && is_closed(error) {
+            return self.pulse.lose_work(RankLost::new(self.rank, said(error)));
+        }
+        self.broken(&said(error))
+    }
+
     /// Sends one frame, which `write` appends to its argument.
     ///
     /// # Errors
@@ -81,10 +90,7 @@ impl Link {
             return Err(self.broken("a frame for it is too long"));
         };
         self.frame[..4].copy_from_slice(&len.to_le_bytes());
-        match self.stream.write_all(&self.frame) {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.broken(&said(&error))),
-        }
+        self.stream.write_all(&self.frame).map_err(|error| self.ended(&error))
     }
 
     /// Receives a frame of one of `kinds`, of at most `len_max` bytes.
@@ -94,7 +100,7 @@ impl Link {
     pub fn receive(&mut self, kinds: &[Kind], len_max: usize) -> Result<(Kind, &[u8]), RankLost> {
         let mut header = [0; HEADER_BYTES];
         if let Err(error) = self.stream.read_exact(&mut header) {
-            return Err(self.broken(&said(&error)));
+            return Err(self.ended(&error));
         }
         let len = u32::from_le_bytes([header[0], header[1], header[2], header[3]]) as usize;
         let Some(kind) = Kind::of(header[4]).filter(|kind| kinds.contains(kind)) else {
@@ -105,7 +111,7 @@ impl Link {
         }
         self.received.resize(len, 0);
         if let Err(error) = self.stream.read_exact(&mut self.received) {
-            return Err(self.broken(&said(&error)));
+            return Err(self.ended(&error));
         }
         Ok((kind, &self.received))
     }
@@ -144,11 +150,18 @@ pub fn put_floats(out: &mut Vec<u8>, values: &[f32]) {
 
 /// What an error says of the other end.
 pub(super) fn said(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::UnexpectedEof
-        | io::ErrorKind::ConnectionReset
-        | io::ErrorKind::ConnectionAborted
-        | io::ErrorKind::BrokenPipe => "its process has closed the connection".to_owned(),
-        _ => format!("its connection failed: {error}"),
+    match is_closed(error) {
+        true => "its process has closed the connection".to_owned(),
+        false => format!("its connection failed: {error}"),
     }
+}
+
+fn is_closed(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::BrokenPipe
+    )
 }

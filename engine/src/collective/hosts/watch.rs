@@ -55,13 +55,17 @@ impl Pulse {
         lost
     }
 
+    /// The leader closed the work's connection: closes that alone, since what the leader has to say
+    /// comes over the other one. Gives what was lost first.
+    pub(super) fn lose_work(&self, lost: RankLost) -> RankLost {
+        let lost = self.0.lost.get_or_init(|| lost).clone();
+        shut(&self.0.work);
+        lost
+    }
+
     fn close(&self) {
-        for streams in [&self.0.work, &self.0.watches] {
-            for stream in streams.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-                // It is gone already, or goes now.
-                let _ = stream.shutdown(Shutdown::Both);
-            }
-        }
+        shut(&self.0.work);
+        shut(&self.0.watches);
     }
 
     /// Says goodbye to the followers: the model is not wanted any more. Their work's connections
@@ -113,6 +117,13 @@ impl Pulse {
             None => pulse.close(),
         };
         std::thread::Builder::new().name("tp-pulse".into()).spawn(watch)
+    }
+}
+
+fn shut(streams: &Mutex<Vec<TcpStream>>) {
+    for stream in streams.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        // It is gone already, or goes now.
+        let _ = stream.shutdown(Shutdown::Both);
     }
 }
 
@@ -176,6 +187,7 @@ fn is_timeout(error: &io::Error) -> bool {
 mod tests {
     use std::net::TcpListener;
 
+    use super::super::link::{Kind, Link};
     use super::*;
 
     fn pair() -> (TcpStream, TcpStream) {
@@ -197,6 +209,24 @@ mod tests {
         leading.join().expect("ends");
         assert!(follower.is_over());
         assert_eq!((leader.lost(), follower.lost()), (None, None));
+    }
+
+    #[test]
+    fn a_goodbye_is_heard_behind_the_end_of_the_work() {
+        let (one, two) = pair();
+        let (work, others) = pair();
+        let (leader, follower) = (Pulse::default(), Pulse::default());
+        let leading = leader.watch(one, 1, Duration::from_secs(60), true).expect("a thread");
+        let following = follower.watch(two, 0, Duration::from_secs(60), false).expect("a thread");
+        follower.guard(&others).expect("a handle");
+        let mut link = Link::new(others, 0, follower.clone());
+        drop(work);
+        let lost = link.receive(&[Kind::Plan], 0).expect_err("it is closed");
+        assert!(lost.cause.contains("closed"), "{lost}");
+        leader.leave();
+        following.join().expect("ends");
+        leading.join().expect("ends");
+        assert!(follower.is_over());
     }
 
     #[test]
