@@ -3,6 +3,7 @@
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::http::Client;
@@ -132,14 +133,23 @@ pub fn run_env(
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
 
-/// A loopback address that nobody listens on.
+/// Ports that Linux gives nobody who does not name them: below those of outgoing connections.
+const PORTS: std::ops::Range<u32> = 10_000..32_000;
+
+/// A loopback address that nobody listens on, and that this process gives out once.
 ///
 /// # Panics
 /// If loopback has no free port.
 #[must_use]
 pub fn free_address() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
-    listener.local_addr().expect("a bound listener").to_string()
+    static GIVEN: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(101);
+    let mut tries = PORTS.map(|_| {
+        let port = first.wrapping_add(GIVEN.fetch_add(1, Ordering::Relaxed)) % PORTS.len() as u32;
+        format!("127.0.0.1:{}", PORTS.start + port)
+    });
+    let free = tries.find(|address| TcpListener::bind(address).is_ok());
+    free.expect("loopback has a free port")
 }
 
 /// Waits until a router says that it is ready.

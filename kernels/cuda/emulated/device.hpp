@@ -22,6 +22,9 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+/// A global that is never destroyed: threads of a process that ends still call the driver.
+template <class T> T& kept() { return *new T; }
+
 struct uint2 {
     u32 x, y;
 };

@@ -31,7 +31,7 @@ void fail(const char* what) {
 }
 
 static std::map<std::string, Kernel>& kernels() {
-    static std::map<std::string, Kernel> all;
+    static auto& all = kept<std::map<std::string, Kernel>>();
     return all;
 }
 void Kernel::add(const char* name, const Kernel& kernel) { kernels().emplace(name, kernel); }
@@ -156,12 +156,12 @@ static void run_block(std::vector<Fiber>& fibers, std::vector<Warp>& warps, u8* 
 }
 
 static void run(const Kernel& k, const char* name, Dim grid, u32 threads, u32 shared, void** args) {
-    static std::mutex one;
+    static auto& one = kept<std::mutex>();
     std::lock_guard<std::mutex> hold(one);
     static u8* stacks = (u8*)mmap(nullptr, 1024 * STACK, PROT_READ | PROT_WRITE,
                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    static std::vector<Fiber> fibers;
-    static std::vector<Warp> warps;
+    static auto& fibers = kept<std::vector<Fiber>>();
+    static auto& warps = kept<std::vector<Warp>>();
     running = name;
     kernel = &k;
     arguments = args;
@@ -205,18 +205,18 @@ struct Allocation {
     size_t map_bytes, bytes;
     int device;
 };
-static std::mutex allocations_lock;
-static std::map<u64, Allocation> allocations;
+static auto& allocations_lock = kept<std::mutex>();
+static auto& allocations = kept<std::map<u64, Allocation>>();
 /// Page-locked memory of the host.
-static std::map<u64, size_t> pinned;
+static auto& pinned = kept<std::map<u64, size_t>>();
 static const size_t TOTAL = 4ull << 30;
 static size_t used;
 
 namespace emulated {
 
-std::recursive_mutex everything;
-static std::condition_variable_any moved;
-static std::vector<Stream*> streams;
+std::recursive_mutex& everything = kept<std::recursive_mutex>();
+static auto& moved = kept<std::condition_variable_any>();
+static auto& streams = kept<std::vector<Stream*>>();
 static thread_local int current;
 /// Work that waits at most: the rest is memory's.
 static const size_t QUEUE_MAX = 1 << 14;

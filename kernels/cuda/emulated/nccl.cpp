@@ -33,7 +33,7 @@ struct Comm {
     int rank;
 };
 
-static std::map<std::string, std::shared_ptr<Clique>> cliques;
+static auto& cliques = kept<std::map<std::string, std::shared_ptr<Clique>>>();
 static thread_local int depth;
 static thread_local std::vector<Comm*> joining;
 static thread_local std::vector<std::function<int()>> pending;

@@ -31,6 +31,6 @@ int enqueue(void* stream, Work work);
 void wait_until(const char* what, std::function<bool()> over);
 
 /// What `over` looks at, streams and ranks alike, is changed under this lock.
-extern std::recursive_mutex everything;
+extern std::recursive_mutex& everything;
 
 } // namespace emulated
