@@ -58,7 +58,10 @@ impl Flight {
         let found = match (&mut self.result, executor.pipeline()) {
             (FlightResult::OnItsWay, Some(pipeline)) => pipeline.collect(),
             (FlightResult::Here(found), _) => Ok(std::mem::take(found)),
-            (FlightResult::OnItsWay, None) => Ok(Vec::new()),
+            (FlightResult::OnItsWay, None) => {
+                let message = "an executor that pipelined does not any more".to_owned();
+                Err(ExecutorError { message, fatal: true })
+            }
         };
         self.pages.clear();
         found

@@ -5,44 +5,13 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Runner, fixtures, load, target_at};
+use common::{FAMILIES, Runner, load, sampling, target_at, tiny, tokens};
 use headstart_engine::executor::{Found, Probe, Row};
 use headstart_engine::model::{Model, WeightDtype};
 use headstart_engine::{Sampling, TokenId};
 
-const MODELS: [&str; 6] =
-    ["llama3-rope", "llama-linear-untied", "mistral-window", "qwen2-bias", "qwen3", "gemma2"];
-
 fn models() -> impl Iterator<Item = (&'static str, Arc<Model>)> {
-    MODELS
-        .into_iter()
-        .map(|name| (name, load(&fixtures().join("tiny").join(name), WeightDtype::Auto)))
-}
-
-/// Reproducible tokens of the tiny vocabulary.
-fn tokens(seed: u32, count: usize) -> Vec<TokenId> {
-    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        3 + (state >> 16) % 93
-    };
-    (0..count).map(|_| next()).collect()
-}
-
-fn sampling(seed: u64) -> Sampling {
-    match seed % 4 {
-        0 => Sampling::default(),
-        1 => Sampling { temperature: 0.9, seed, ..Sampling::default() },
-        2 => Sampling { temperature: 1.3, top_p: 0.8, top_k: 30, seed, ..Sampling::default() },
-        _ => Sampling {
-            temperature: 0.7,
-            min_p: 0.02,
-            presence_penalty: 0.5,
-            frequency_penalty: 0.3,
-            seed,
-            ..Sampling::default()
-        },
-    }
+    FAMILIES.into_iter().map(|name| (name, load(&tiny(name), WeightDtype::Auto)))
 }
 
 /// Scores of a text, read in calls of the given lengths.

@@ -8,7 +8,7 @@ mod common;
 use std::path::Path;
 use std::sync::Arc;
 
-use common::{Runner, fixtures, load, sample_at, target_at};
+use common::{FAMILIES, Runner, load, sample_at, sampling, target_at, tiny, tokens, write_alone};
 use headstart_engine::core::pages::PageId;
 use headstart_engine::core::scheduler::SequenceId;
 use headstart_engine::executor::cuda::{
@@ -19,9 +19,6 @@ use headstart_engine::model::{ModelConfig, WeightDtype};
 use headstart_engine::step::{Counters, Engine};
 use headstart_engine::{DraftPolicy, Event, Known, Limits, Request, Sampling, TokenId};
 
-const MODELS: [&str; 6] =
-    ["llama3-rope", "llama-linear-untied", "mistral-window", "qwen2-bias", "qwen3", "gemma2"];
-
 fn on_cuda(path: &Path, dtype: WeightDtype) -> Arc<CudaModel> {
     common::open_cuda_libraries();
     let model = cuda::load(path, dtype, Ranks::SameDevice(1), None, &mut |_| ());
@@ -31,32 +28,6 @@ fn on_cuda(path: &Path, dtype: WeightDtype) -> Arc<CudaModel> {
 fn runner(model: &Arc<CudaModel>) -> Runner {
     let options = CudaOptions { kv_tokens: common::KV_TOKENS, ..CudaOptions::default() };
     Runner::on(Box::new(CudaExecutor::new(model.clone(), &options).expect("options are right")))
-}
-
-/// Reproducible tokens of the tiny vocabulary.
-fn tokens(seed: u32, count: usize) -> Vec<TokenId> {
-    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        3 + (state >> 16) % 93
-    };
-    (0..count).map(|_| next()).collect()
-}
-
-fn sampling(seed: u64) -> Sampling {
-    match seed % 4 {
-        0 => Sampling::default(),
-        1 => Sampling { temperature: 0.9, seed, ..Sampling::default() },
-        2 => Sampling { temperature: 1.3, top_p: 0.8, top_k: 30, seed, ..Sampling::default() },
-        _ => Sampling {
-            temperature: 0.7,
-            min_p: 0.02,
-            presence_penalty: 0.5,
-            frequency_penalty: 0.3,
-            seed,
-            ..Sampling::default()
-        },
-    }
 }
 
 /// Scores of a text, read in calls of the given lengths.
@@ -91,8 +62,8 @@ fn distance(a: &[Found], b: &[Found]) -> f32 {
 
 #[test]
 fn every_family_scores_and_writes_as_on_the_cpu() {
-    for name in MODELS {
-        let path = fixtures().join("tiny").join(name);
+    for name in FAMILIES {
+        let path = tiny(name);
         let (host, device) = (load(&path, WeightDtype::F32), on_cuda(&path, WeightDtype::F32));
         let text = tokens(1, 70);
         let expected = scores(&mut Runner::new(&host, 2, 256), &text, &[70]);
@@ -118,7 +89,7 @@ fn every_family_scores_and_writes_as_on_the_cpu() {
 #[test]
 fn in_single_precision_results_do_not_depend_on_the_batch() {
     for name in ["qwen3", "mistral-window"] {
-        let model = on_cuda(&fixtures().join("tiny").join(name), WeightDtype::F32);
+        let model = on_cuda(&tiny(name), WeightDtype::F32);
         let text = tokens(1, 60);
         let whole = scores(&mut runner(&model), &text, &[60]);
         for cuts in [&[1][..], &[7, 1, 30]] {
@@ -145,8 +116,8 @@ fn in_single_precision_results_do_not_depend_on_the_batch() {
 /// up to 0.3 (`tiny_models.rs`).
 #[test]
 fn models_in_bf16_come_close_to_the_cpu() {
-    for name in MODELS {
-        let path = fixtures().join("tiny").join(name);
+    for name in FAMILIES {
+        let path = tiny(name);
         let (host, device) = (load(&path, WeightDtype::F32), on_cuda(&path, WeightDtype::Bf16));
         let text = tokens(2, 50);
         let expected = scores(&mut Runner::new(&host, 2, 256), &text, &[50]);
@@ -161,36 +132,17 @@ fn models_in_bf16_come_close_to_the_cpu() {
 
 #[test]
 fn decode_steps_are_recorded_on_their_second_run() {
-    let model = on_cuda(&fixtures().join("tiny/qwen3"), WeightDtype::Bf16);
+    let model = on_cuda(&tiny("qwen3"), WeightDtype::Bf16);
     let options = CudaOptions { kv_tokens: 512, ..CudaOptions::default() };
     let mut executor = CudaExecutor::new(model, &options).expect("options are right");
-    let (sampling, pages) = (Sampling::default(), [PageId(3), PageId(5)]);
-    let mut context = vec![5];
-    let mut graphs = Vec::new();
-    for _ in 0..4 {
-        let probes = [sample_at(context.len() - 1)];
-        let row = Row {
-            context: &context,
-            start: context.len() - 1,
-            pages: &pages,
-            answer_start: 1,
-            probes: &probes,
-            sampling: &sampling,
-            pending: None,
-        };
-        let found = executor.execute(&[row]).expect("the batch is right");
-        let token = found[0][0].sampled.expect("a sample was asked for").token;
-        graphs.push(executor.graphs());
-        context.push(token);
-    }
-    assert_eq!(graphs, [0, 1, 1, 1]);
+    assert_eq!(write_alone(&mut executor, 4).1, [0, 1, 1, 1]);
 }
 
 /// The tiny models' heads are too small for tensor cores; these are not. Reading at once and token by
 /// token are different kernels, products included.
 #[test]
 fn reading_on_tensor_cores_comes_close_to_decoding() {
-    let tiny = on_cuda(&fixtures().join("tiny/qwen3"), WeightDtype::Bf16);
+    let tiny = on_cuda(&tiny("qwen3"), WeightDtype::Bf16);
     let config = ModelConfig {
         heads: 4,
         kv_heads: 2,
@@ -238,7 +190,7 @@ fn extend(
 #[test]
 fn a_sequence_goes_on_with_the_pages_of_another_device() {
     for name in ["llama3-rope", "gemma2", "qwen3"] {
-        let path = fixtures().join("tiny").join(name);
+        let path = tiny(name);
         let (host, device) = (load(&path, WeightDtype::F32), on_cuda(&path, WeightDtype::F32));
         let cpu = || Runner::new(&host, 2, 256).executor;
         let cuda = || runner(&device).executor;
@@ -264,7 +216,7 @@ fn a_sequence_goes_on_with_the_pages_of_another_device() {
             assert!(distance < 1e-4 && (!exact || distance == 0.0), "{name}: {distance}");
         }
     }
-    let mut executor = runner(&on_cuda(&fixtures().join("tiny/qwen3"), WeightDtype::Bf16)).executor;
+    let mut executor = runner(&on_cuda(&tiny("qwen3"), WeightDtype::Bf16)).executor;
     let layout = executor.kv_format().expect("pages can leave").layout;
     assert_eq!(layout.dtype, KvDtype::Bf16);
     let pages = executor.limits().pages as u32;
@@ -276,7 +228,7 @@ fn a_sequence_goes_on_with_the_pages_of_another_device() {
 
 #[test]
 fn limits_of_the_device_are_measured() {
-    let model = on_cuda(&fixtures().join("tiny/qwen3"), WeightDtype::Bf16);
+    let model = on_cuda(&tiny("qwen3"), WeightDtype::Bf16);
     for rate in [
         measure::bytes_per_second(&model, 1 << 16).expect("a rate"),
         measure::operations_per_second(&model, 32).expect("a rate"),
@@ -287,7 +239,7 @@ fn limits_of_the_device_are_measured() {
 
 #[test]
 fn a_batch_that_reaches_outside_is_refused() {
-    let model = on_cuda(&fixtures().join("tiny/qwen3"), WeightDtype::F32);
+    let model = on_cuda(&tiny("qwen3"), WeightDtype::F32);
     let mut runner = runner(&model);
     let (sampling, pages) = (Sampling::default(), [PageId(0), PageId(1)]);
     let context = tokens(1, 20);
@@ -407,7 +359,7 @@ fn take((events, result): Stepped, told: &mut [(SequenceId, Vec<Event>)]) {
 #[test]
 fn pipelined_steps_give_the_same_answers() {
     for name in ["qwen3", "mistral-window"] {
-        let model = on_cuda(&fixtures().join("tiny").join(name), WeightDtype::F32);
+        let model = on_cuda(&tiny(name), WeightDtype::F32);
         let executor = || {
             let options = CudaOptions { kv_tokens: 1024, ..CudaOptions::default() };
             CudaExecutor::new(model.clone(), &options).expect("options are right")
@@ -427,7 +379,7 @@ fn pipelined_steps_give_the_same_answers() {
 /// A row whose token is not known here, recorded and not, and what is refused.
 #[test]
 fn a_row_follows_on_a_batch_that_is_in_flight() {
-    let model = on_cuda(&fixtures().join("tiny/qwen3"), WeightDtype::F32);
+    let model = on_cuda(&tiny("qwen3"), WeightDtype::F32);
     let options = CudaOptions { kv_tokens: 512, ..CudaOptions::default() };
     let executor = || CudaExecutor::new(model.clone(), &options).expect("options are right");
     let (prompts, draws) = ([tokens(1, 20), tokens(2, 3)], [sampling(0), sampling(1)]);

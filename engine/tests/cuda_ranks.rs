@@ -5,10 +5,9 @@
 
 mod common;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use common::{Runner, fixtures, load_parts, sample_at};
+use common::{FAMILIES, GGUFS, Runner, load_parts, tiny, write_alone};
 use headstart_engine::core::pages::PageId;
 use headstart_engine::executor::cuda::{self, CudaExecutor, CudaModel, CudaOptions, Ranks};
 use headstart_engine::executor::{Executor, Found, Probe, Row};
@@ -16,29 +15,10 @@ use headstart_engine::model::WeightDtype;
 use headstart_engine::{Sampling, TokenId};
 use headstart_kernels::cuda::UniqueId;
 
-/// Every family, in both file formats; four query heads, two key-value heads.
-const MODELS: [&str; 11] = [
-    "llama3-rope",
-    "llama-linear-untied",
-    "mistral-window",
-    "qwen2-bias",
-    "qwen3",
-    "gemma2",
-    "llama3-rope.gguf",
-    "llama-linear-untied.gguf",
-    "qwen2-bias.gguf",
-    "qwen3.gguf",
-    "gemma2.gguf",
-];
-
-fn path(name: &str) -> PathBuf {
-    fixtures().join("tiny").join(name)
-}
-
 fn on_cuda(name: &str, dtype: WeightDtype, ranks: Ranks) -> Arc<CudaModel> {
     common::open_cuda_libraries();
     let (mut last, mut total) = (0, 0);
-    let model = cuda::load(&path(name), dtype, ranks, None, &mut |progress| {
+    let model = cuda::load(&tiny(name), dtype, ranks, None, &mut |progress| {
         assert!(progress.bytes_loaded >= last && progress.bytes_loaded <= progress.bytes_total);
         (last, total) = (progress.bytes_loaded, progress.bytes_total);
     });
@@ -111,7 +91,7 @@ fn assert_close(cut: &[Found], whole: &[Found], tolerance: f32, what: &str) {
 #[test]
 fn logits_of_ranks_that_share_a_gpu_are_those_of_one() {
     let greedy = Sampling::default();
-    for name in MODELS {
+    for name in FAMILIES.into_iter().chain(GGUFS) {
         let of = |tp| {
             let model = on_cuda(name, WeightDtype::F32, Ranks::SameDevice(tp));
             read(runner(&model), &greedy)
@@ -190,26 +170,9 @@ fn decode_steps_of_ranks_are_recorded() {
     let mut written = Vec::new();
     for ranks in [1, 2, 3].map(Ranks::SameDevice).into_iter().chain(devices(2)) {
         let model = on_cuda("qwen3", WeightDtype::F32, ranks);
-        let mut executor = executor(&model);
-        let (sampling, pages) = (Sampling::default(), [PageId(3), PageId(5)]);
-        let (mut context, mut graphs) = (vec![5], Vec::new());
-        for _ in 0..6 {
-            let probes = [sample_at(context.len() - 1)];
-            let row = Row {
-                context: &context,
-                start: context.len() - 1,
-                pages: &pages,
-                answer_start: 1,
-                probes: &probes,
-                sampling: &sampling,
-                pending: None,
-            };
-            let found = executor.execute(&[row]).expect("the batch is right");
-            graphs.push(executor.graphs());
-            context.push(found[0][0].sampled.expect("a sample was asked for").token);
-        }
+        let (tokens, graphs) = write_alone(&mut executor(&model), 6);
         assert_eq!(graphs, [0, 1, 1, 1, 1, 1], "{ranks:?}");
-        written.push((ranks, context));
+        written.push((ranks, tokens));
     }
     for (ranks, tokens) in &written {
         assert_eq!(tokens, &written[0].1, "{ranks:?}");
@@ -268,7 +231,7 @@ fn a_rank_uploads_its_part_alone() {
 #[test]
 fn a_sequence_goes_on_with_the_pages_of_other_ranks() {
     for (name, tp) in [("llama3-rope", 2), ("gemma2", 4), ("qwen3", 3)] {
-        let parts = load_parts(&path(name), WeightDtype::F32, tp);
+        let parts = load_parts(&tiny(name), WeightDtype::F32, tp);
         let device = on_cuda(name, WeightDtype::F32, Ranks::SameDevice(tp));
         let cpu = || Runner::parallel(&parts, tp, 256).executor;
         let cuda = || runner(&device).executor;
@@ -318,7 +281,7 @@ fn extend(
 fn more_ranks_than_heads_are_refused() {
     common::open_cuda_libraries();
     let ranks = Ranks::SameDevice(5);
-    let refused = cuda::load(&path("qwen3"), WeightDtype::F32, ranks, None, &mut |_| ());
+    let refused = cuda::load(&tiny("qwen3"), WeightDtype::F32, ranks, None, &mut |_| ());
     let message = refused.expect_err("four heads").to_string();
     assert!(message.contains("expected 1 to 4 tensor-parallel ranks"), "{message}");
 }

@@ -2,31 +2,10 @@
 
 mod common;
 
-use std::path::PathBuf;
-
-use common::{Runner, fixtures, load_parts};
+use common::{FAMILIES, GGUFS, Runner, load_parts, tiny};
 use headstart_engine::Sampling;
 use headstart_engine::executor::{Found, Probe};
 use headstart_engine::model::{LoadError, LoadOptions, Shard, WeightDtype, Weights};
-
-/// Every family, in both file formats; four query heads, two key-value heads.
-const MODELS: [&str; 11] = [
-    "llama3-rope",
-    "llama-linear-untied",
-    "mistral-window",
-    "qwen2-bias",
-    "qwen3",
-    "gemma2",
-    "llama3-rope.gguf",
-    "llama-linear-untied.gguf",
-    "qwen2-bias.gguf",
-    "qwen3.gguf",
-    "gemma2.gguf",
-];
-
-fn path(name: &str) -> PathBuf {
-    fixtures().join("tiny").join(name)
-}
 
 /// What is found at every position of a text, over the whole vocabulary.
 fn read(weights: &Weights, chunk_tokens: usize, sampling: &Sampling) -> Vec<Found> {
@@ -46,9 +25,9 @@ fn read(weights: &Weights, chunk_tokens: usize, sampling: &Sampling) -> Vec<Foun
 
 #[test]
 fn logits_of_two_and_four_ranks_are_those_of_one() {
-    for name in MODELS {
+    for name in FAMILIES.into_iter().chain(GGUFS) {
         let of =
-            |tp| read(&load_parts(&path(name), WeightDtype::F32, tp), 256, &Sampling::default());
+            |tp| read(&load_parts(&tiny(name), WeightDtype::F32, tp), 256, &Sampling::default());
         let whole = of(1);
         for tp in [2, 3, 4] {
             for (position, (cut, whole)) in of(tp).iter().zip(&whole).enumerate() {
@@ -80,7 +59,7 @@ fn ranks_draw_the_tokens_that_one_draws() {
     ];
     for sampling in draws {
         let of = |tp| -> Vec<u32> {
-            let weights = load_parts(&path("qwen3"), WeightDtype::F32, tp);
+            let weights = load_parts(&tiny("qwen3"), WeightDtype::F32, tp);
             let found = read(&weights, 256, &sampling);
             found.iter().map(|found| found.sampled.expect("was asked for").token).collect()
         };
@@ -91,7 +70,7 @@ fn ranks_draw_the_tokens_that_one_draws() {
 
 #[test]
 fn results_of_ranks_do_not_depend_on_the_chunking() {
-    let weights = load_parts(&path("gemma2"), WeightDtype::F32, 2);
+    let weights = load_parts(&tiny("gemma2"), WeightDtype::F32, 2);
     let whole = read(&weights, 256, &Sampling::default());
     assert_eq!(read(&weights, 7, &Sampling::default()), whole);
 }
@@ -100,8 +79,8 @@ fn results_of_ranks_do_not_depend_on_the_chunking() {
 #[test]
 fn a_rank_holds_its_part_alone() {
     for name in ["llama-linear-untied", "gemma2.gguf"] {
-        let whole = load_parts(&path(name), WeightDtype::Auto, 1).weight_bytes();
-        let parts = load_parts(&path(name), WeightDtype::Auto, 2);
+        let whole = load_parts(&tiny(name), WeightDtype::Auto, 1).weight_bytes();
+        let parts = load_parts(&tiny(name), WeightDtype::Auto, 2);
         for part in parts.parts() {
             // Tiles are padded: a tiny model's halves are more than half of it.
             assert!(part.weight_bytes() < whole * 3 / 4, "{} of {whole}", part.weight_bytes());
@@ -112,7 +91,7 @@ fn a_rank_holds_its_part_alone() {
 #[test]
 fn more_ranks_than_heads_are_refused() {
     let options = LoadOptions { dtype: WeightDtype::F32, threads: 1 };
-    let error = Weights::load(&path("qwen3"), options, 5, &mut |_| {}).expect_err("four heads");
+    let error = Weights::load(&tiny("qwen3"), options, 5, &mut |_| {}).expect_err("four heads");
     assert!(matches!(error, LoadError::Ranks { .. }));
     let message = error.to_string();
     assert!(message.contains("expected 1 to 4 tensor-parallel ranks"), "{message}");

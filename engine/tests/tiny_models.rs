@@ -6,7 +6,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use common::{Runner, fixtures, load, sample_at, target_at};
+use common::{FAMILIES, Runner, fixtures, load, sample_at, target_at};
 use headstart_engine::Sampling;
 use headstart_engine::core::pages::PageId;
 use headstart_engine::executor::cpu::{CpuExecutor, CpuOptions};
@@ -22,8 +22,6 @@ struct Reference {
     greedy: Vec<u32>,
 }
 
-const MODELS: [&str; 6] =
-    ["llama3-rope", "llama-linear-untied", "mistral-window", "qwen2-bias", "qwen3", "gemma2"];
 const GGUFS: [&str; 5] = ["llama3-rope", "llama-linear-untied", "qwen2-bias", "qwen3", "gemma2"];
 
 fn reference(name: &str) -> Reference {
@@ -79,8 +77,10 @@ fn assert_close(cases: impl Iterator<Item = (&'static str, PathBuf, WeightDtype)
 fn directories_agree_with_transformers() {
     let path = |name| fixtures().join("tiny").join(name);
     let dtypes = [WeightDtype::F32, WeightDtype::Auto];
-    assert_close(MODELS.into_iter().flat_map(|name| dtypes.map(|dtype| (name, path(name), dtype))));
-    for name in MODELS {
+    assert_close(
+        FAMILIES.into_iter().flat_map(|name| dtypes.map(|dtype| (name, path(name), dtype))),
+    );
+    for name in FAMILIES {
         let reference = reference(name);
         assert_greedy(&path(name), &reference.prompt, &reference.greedy);
     }
@@ -182,7 +182,7 @@ fn a_configuration_that_lies_is_refused_by_name() {
 /// What transformers 4 wrote: `rope_theta` and `rope_scaling`, `torch_dtype`, no `layer_types`.
 #[test]
 fn older_configurations_mean_the_same() {
-    for name in MODELS {
+    for name in FAMILIES {
         let dir = copy_of(name);
         let file = dir.path().join("config.json");
         let new = load(dir.path(), WeightDtype::Auto).config().clone();

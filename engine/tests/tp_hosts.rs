@@ -5,11 +5,10 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use common::{KV_TOKENS, Runner, fixtures, load_parts};
+use common::{KV_TOKENS, Runner, load_parts, tiny};
 use headstart_engine::Sampling;
 use headstart_engine::collective::hosts::{JoinError, Place};
 use headstart_engine::core::pages::PageId;
@@ -22,13 +21,9 @@ use headstart_engine::model::{LoadOptions, WeightDtype, Weights};
 /// Long enough for any machine: nothing here waits for it.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-fn path(name: &str) -> PathBuf {
-    fixtures().join("tiny").join(name)
-}
-
 fn weights(name: &str, place: Place) -> Weights {
     let options = LoadOptions { dtype: WeightDtype::F32, threads: 1 };
-    Weights::load_ranks(&path(name), options, place.local(), place.ranks, &mut |_| {})
+    Weights::load_ranks(&tiny(name), options, place.local(), place.ranks, &mut |_| {})
         .expect("the model is right")
 }
 
@@ -93,7 +88,7 @@ fn processes_give_the_bits_of_one() {
     for (name, ranks, hosts) in
         [("llama3-rope", 2, 2), ("gemma2", 4, 2), ("qwen3", 3, 3), ("qwen2-bias.gguf", 2, 2)]
     {
-        let whole = load_parts(&path(name), WeightDtype::F32, ranks);
+        let whole = load_parts(&tiny(name), WeightDtype::F32, ranks);
         for sampling in [&Sampling::default(), &drawn] {
             let expected = read(&mut Runner::parallel(&whole, 4, 7), sampling);
             let (leader, following) = start(name, ranks, hosts);
@@ -114,7 +109,7 @@ fn processes_give_the_bits_of_one() {
 #[test]
 fn pages_of_all_processes_leave_and_come_back() {
     let (mut leader, following) = start("gemma2", 4, 2);
-    let whole = load_parts(&path("gemma2"), WeightDtype::F32, 4);
+    let whole = load_parts(&tiny("gemma2"), WeightDtype::F32, 4);
     let mut alone = Runner::parallel(&whole, 4, 7);
     read(&mut alone, &Sampling::default());
     let (mut page, mut back) = (Vec::new(), Vec::new());

@@ -52,6 +52,12 @@ impl Client {
         line.trim().parse().ok()
     }
 
+    /// The bases of a role that a router knows and believes to be up. `None` if nobody answers.
+    #[must_use]
+    pub fn bases_up(&self, role: &str) -> Option<u64> {
+        self.metric(&format!(r#"headstart_router_nodes{{tier="base",role="{role}",state="up"}}"#))
+    }
+
     /// `POST path` with a JSON body.
     ///
     /// # Panics

@@ -152,6 +152,18 @@ pub fn free_address() -> String {
     free.expect("loopback has a free port")
 }
 
+/// Waits until `condition` holds.
+///
+/// # Panics
+/// If it does not within two minutes.
+pub fn until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !condition() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Waits until a router says that it is ready.
 ///
 /// # Panics

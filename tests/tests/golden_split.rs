@@ -2,20 +2,10 @@
 //! out, from KV that moved. Then the writer is asked to stop in the middle of the load: its answers
 //! move to a third base, and not one fails.
 
-use std::time::{Duration, Instant};
-
 use headstart_cluster::testing::EtcdServer;
 use headstart_tests::golden::check_file;
 use headstart_tests::http::{Client, counter};
-use headstart_tests::process::{Process, free_address, run, wait_ready};
-
-fn until(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(120);
-    while !condition() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
+use headstart_tests::process::{Process, free_address, run, until, wait_ready};
 
 #[test]
 fn a_split_pair_gives_the_golden_answers_and_drains_under_load() {
@@ -44,11 +34,8 @@ fn a_split_pair_gives_the_golden_answers_and_drains_under_load() {
     let mut router = Process::start("headstart-router", &doors);
     let client = Client::new(&http);
     wait_ready(&client, &mut [&mut reader, &mut writer, &mut drafter, &mut router]);
-    let known = |role: &str| {
-        let name = format!(r#"headstart_router_nodes{{tier="base",role="{role}",state="up"}}"#);
-        client.metric(&name) == Some(1)
-    };
-    until("the router knows the pair", || known("score") && known("decode"));
+    let knows = |role| client.bases_up(role) == Some(1);
+    until("the router knows the pair", || knows("score") && knows("decode"));
 
     check_file(&client, "smollm2", "smollm2_to_smollm2.jsonl", 8, 1);
     let moved = counter(&metrics[1], "headstart_base_kv_moved_total");
@@ -59,7 +46,7 @@ fn a_split_pair_gives_the_golden_answers_and_drains_under_load() {
     assert_eq!(counter(&metrics[0], "headstart_base_written_total"), 0.0, "the reader only reads");
 
     let mut third = base("u1", 2, "unified");
-    until("the router knows the third base", || known("unified"));
+    until("the router knows the third base", || knows("unified"));
     assert!(third.is_running());
     let drained = std::thread::scope(|scope| {
         let load = scope.spawn(|| {

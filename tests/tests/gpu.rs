@@ -8,7 +8,7 @@ use headstart_cluster::testing::EtcdServer;
 use headstart_engine::executor::cuda;
 use headstart_tests::golden::check_file;
 use headstart_tests::http::{Client, counter};
-use headstart_tests::process::{Process, fixture, free_address, run, run_env, wait_ready};
+use headstart_tests::process::{Process, fixture, free_address, run, run_env, until, wait_ready};
 use serde_json::{Value, json};
 
 /// Skips by name.
@@ -112,10 +112,7 @@ fn answers(bases: [On; 2]) -> (Vec<Value>, f64) {
     let mut all: Vec<&mut Process> = parts.iter_mut().collect();
     all.push(&mut router);
     wait_ready(&client, &mut all);
-    let writer = r#"headstart_router_nodes{tier="base",role="decode",state="up"}"#;
-    while client.metric(writer) != Some(1) {
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    until("the router knows the writer", || client.bases_up("decode") == Some(1));
     let ask = |name: &&str| {
         let content =
             format!("Once upon a time, there was a little {name} who lived in the woods.");

@@ -2,12 +2,12 @@
 //! that is killed or stalls ends its node at once, with a sentence that names it.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use headstart_cluster::testing::EtcdServer;
 use headstart_tests::golden::check_file;
 use headstart_tests::http::{Client, counter};
-use headstart_tests::process::{Process, fixture, free_address, run, wait_ready};
+use headstart_tests::process::{Process, fixture, free_address, run, until, wait_ready};
 use serde_json::json;
 
 fn etcd() -> (tokio::runtime::Runtime, EtcdServer) {
@@ -20,14 +20,6 @@ fn smollm2() -> String {
     let (code, model, errors) = run("headstart", &["models", "pull", "smollm2"]);
     assert_eq!(code, Some(0), "{errors}");
     model.trim().to_owned()
-}
-
-fn until(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(120);
-    while !condition() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// Waits for a line of a log.

@@ -8,6 +8,7 @@ use std::sync::{Arc, Once};
 
 use headstart_engine::core::pages::PageId;
 use headstart_engine::executor::cpu::{self, CpuExecutor, CpuOptions};
+use headstart_engine::executor::cuda::CudaExecutor;
 use headstart_engine::executor::{Executor, Found, Probe, Row};
 use headstart_engine::model::{LoadOptions, Model, WeightDtype, Weights};
 use headstart_engine::{Sampling, TokenId};
@@ -32,6 +33,51 @@ pub fn open_cuda_libraries() {
 pub fn fixtures() -> PathBuf {
     let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
     std::env::var_os("HEADSTART_FIXTURES").map_or_else(here, PathBuf::from)
+}
+
+/// A model of each family; four query heads, two key-value heads.
+pub const FAMILIES: [&str; 6] =
+    ["llama3-rope", "llama-linear-untied", "mistral-window", "qwen2-bias", "qwen3", "gemma2"];
+
+/// Those that there are as GGUF files too.
+pub const GGUFS: [&str; 5] = [
+    "llama3-rope.gguf",
+    "llama-linear-untied.gguf",
+    "qwen2-bias.gguf",
+    "qwen3.gguf",
+    "gemma2.gguf",
+];
+
+/// Where such a model is.
+pub fn tiny(name: &str) -> PathBuf {
+    fixtures().join("tiny").join(name)
+}
+
+/// Reproducible tokens of the tiny vocabulary.
+pub fn tokens(seed: u32, count: usize) -> Vec<TokenId> {
+    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        3 + (state >> 16) % 93
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// Four ways to sample.
+pub fn sampling(seed: u64) -> Sampling {
+    match seed % 4 {
+        0 => Sampling::default(),
+        1 => Sampling { temperature: 0.9, seed, ..Sampling::default() },
+        2 => Sampling { temperature: 1.3, top_p: 0.8, top_k: 30, seed, ..Sampling::default() },
+        _ => Sampling {
+            temperature: 0.7,
+            min_p: 0.02,
+            presence_penalty: 0.5,
+            frequency_penalty: 0.3,
+            seed,
+            ..Sampling::default()
+        },
+    }
 }
 
 pub fn load(path: &Path, dtype: WeightDtype) -> Arc<Model> {
@@ -148,6 +194,29 @@ impl Runner {
         }
         all
     }
+}
+
+/// Has a CUDA executor write `steps` tokens, one a call, behind one; the sequence, and how many
+/// recorded graphs there were after each call.
+pub fn write_alone(executor: &mut CudaExecutor, steps: usize) -> (Vec<TokenId>, Vec<usize>) {
+    let (sampling, pages) = (Sampling::default(), [PageId(3), PageId(5)]);
+    let (mut context, mut graphs) = (vec![5], Vec::new());
+    for _ in 0..steps {
+        let probes = [sample_at(context.len() - 1)];
+        let row = Row {
+            context: &context,
+            start: context.len() - 1,
+            pages: &pages,
+            answer_start: 1,
+            probes: &probes,
+            sampling: &sampling,
+            pending: None,
+        };
+        let found = executor.execute(&[row]).expect("the batch is right");
+        graphs.push(executor.graphs());
+        context.push(found[0][0].sampled.expect("a sample was asked for").token);
+    }
+    (context, graphs)
 }
 
 pub fn sample_at(position: usize) -> Probe {

@@ -12,7 +12,7 @@ use super::{Out, PANEL};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// Bytes of each panel that are fetched ahead of use.
+/// Bytes of each stream that are fetched ahead of use.
 const AHEAD: usize = 2048;
 /// Streams of panels that are read side by side.
 const SIDE: usize = 4;
