@@ -55,11 +55,16 @@ fn prompt() -> Vec<TokenId> {
     (10..10 + PROMPT as TokenId).collect()
 }
 
+/// A request that waits for its draft.
+fn drafted(prompt: Vec<TokenId>, max_tokens: usize) -> Request {
+    let draft =
+        DraftPolicy { window: 6, threshold: 0.8, continue_complete: true, continue_empty: true };
+    Request { draft: Some(draft), ..request(prompt, max_tokens) }
+}
+
 /// The pages of [`prompt`], whose request is over. It waits for its draft until it is followed.
 async fn exported(engine: &EngineHandle) -> Export {
-    let policy =
-        DraftPolicy { window: 6, threshold: 0.8, continue_complete: true, continue_empty: true };
-    let request = Request { draft: Some(policy), ..request(prompt(), 1) };
+    let request = drafted(prompt(), 1);
     let generation = engine.submit(request).expect("a slot");
     let export = generation.export().await.expect("runs");
     generation.draft().end().await.expect("runs");
@@ -217,8 +222,6 @@ async fn other_page_sizes_and_ranks_are_relaid() {
 async fn a_receiver_follows_a_draft_that_is_still_read() {
     let network = InMemory::default();
     let from = engine(FakeOptions::default());
-    let policy =
-        DraftPolicy { window: 6, threshold: 0.8, continue_complete: true, continue_empty: false };
     let prompt: Vec<TokenId> = (10..30).collect();
     let draft: Vec<TokenId> = (400..460).collect();
     let leases = Leases::new(4);
@@ -228,9 +231,7 @@ async fn a_receiver_follows_a_draft_that_is_still_read() {
     let pulling = receiver.pull(&network, PATIENT);
     let reading = async {
         // The receiver is there before the request is.
-        let generation = from
-            .submit(Request { draft: Some(policy), ..request(prompt.clone(), 80) })
-            .expect("a slot");
+        let generation = from.submit(drafted(prompt.clone(), 80)).expect("a slot");
         let export = generation.export().await.expect("runs");
         let offer = leases.offer(&id(), epoch(), export).expect("the first");
         for (part, tokens) in draft.chunks(20).zip([32, 48, 64]) {
@@ -413,19 +414,26 @@ async fn a_lease_that_ends_ends_its_readers_stream() {
 #[tokio::test]
 async fn a_receiver_that_dies_costs_the_sender_nothing() {
     let network = InMemory::default();
-    let mut sender = sender(&network, FakeOptions::default(), PATIENT).await;
+    let from = engine(FakeOptions::default());
+    let leases = Leases::new(4);
+    let mut ended = listen(&network, &from, &leases, PATIENT);
+    let generation = from.submit(drafted(prompt(), 8)).expect("a slot");
+    let export = generation.export().await.expect("runs");
+    let _offer = leases.offer(&id(), epoch(), export).expect("the first");
     let receiver = receiver(FakeOptions::default());
     let mut seen = receiver.progress.subscribe();
     {
+        // More may come as long as the draft is not decided.
         let pulling = receiver.pull(&network, PATIENT);
         tokio::select! {
-            _ = pulling => panic!("dropped before"),
+            pulled = pulling => panic!("{pulled:?}"),
             _ = seen.wait_for(|progress| progress.bytes > 0) => {}
         }
     }
-    let served = sender.ended.recv().await.expect("a connection");
+    let served = ended.recv().await.expect("a connection");
     assert!(matches!(served, Err(ServeError::Wire(_))), "{served:?}");
     // Another one reads it all.
+    drop(generation);
     receiver.pull(&network, PATIENT).await.expect("whole");
     assert_eq!(receiver.reused().await, 96);
 }
