@@ -12,9 +12,8 @@ use common::{KV_TOKENS, Runner, load_parts, tiny};
 use headstart_engine::Sampling;
 use headstart_engine::collective::hosts::{JoinError, Place};
 use headstart_engine::core::pages::PageId;
-use headstart_engine::executor::cpu::{
-    CpuOptions, FollowError, HostTimes, LeadError, TensorParallel, follow,
-};
+use headstart_engine::executor::cpu::{self, CpuOptions, follow};
+use headstart_engine::executor::hosts::{FollowError, HostTimes, LeadError};
 use headstart_engine::executor::{Executor, Found, Probe};
 use headstart_engine::model::{LoadOptions, WeightDtype, Weights};
 
@@ -45,14 +44,14 @@ fn lead(
     listener: &TcpListener,
     place: Place,
     chunk_tokens: usize,
-) -> Result<TensorParallel, LeadError> {
+) -> Result<Box<dyn Executor>, LeadError> {
     let parts = weights(name, place).parts().to_vec();
     let options = CpuOptions { threads: 2, page_size: 16, kv_tokens: KV_TOKENS, chunk_tokens };
-    TensorParallel::lead(parts, options, place, times(PATIENCE), listener)
+    cpu::lead(parts, options, place, times(PATIENCE), listener)
 }
 
 /// A leader and its followers.
-fn start(name: &'static str, ranks: usize, hosts: usize) -> (TensorParallel, Vec<Following>) {
+fn start(name: &'static str, ranks: usize, hosts: usize) -> (Box<dyn Executor>, Vec<Following>) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
     let address = listener.local_addr().expect("bound").to_string();
     let place = |host| Place { ranks, hosts, host };
@@ -92,7 +91,7 @@ fn processes_give_the_bits_of_one() {
         for sampling in [&Sampling::default(), &drawn] {
             let expected = read(&mut Runner::parallel(&whole, 4, 7), sampling);
             let (leader, following) = start(name, ranks, hosts);
-            let mut runner = Runner::on(Box::new(leader));
+            let mut runner = Runner::on(leader);
             assert_eq!(
                 read(&mut runner, sampling),
                 expected,
@@ -150,7 +149,7 @@ fn who_does_not_fit_is_told_why_and_the_right_one_still_joins() {
     let mut said = Vec::new();
     other.read_to_end(&mut said).expect("an answer");
     let said = String::from_utf8_lossy(&said);
-    assert!(said.contains("it speaks protocol 255, the leader 1: run the same version"), "{said}");
+    assert!(said.contains("it speaks protocol 255, the leader 2: run the same version"), "{said}");
     let mut stranger = TcpStream::connect(&address).expect("listens");
     stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").expect("listens");
     let right = follower("qwen3", address, place(2, 2, 1));
@@ -165,8 +164,8 @@ fn who_does_not_come_is_named() {
     let place = Place { ranks: 4, hosts: 2, host: 0 };
     let parts = weights("qwen3", place).parts().to_vec();
     let times = times(Duration::from_millis(50));
-    let missing = TensorParallel::lead(parts, CpuOptions::default(), place, times, &listener);
-    let said = missing.expect_err("nobody comes").to_string();
+    let missing = cpu::lead(parts, CpuOptions::default(), place, times, &listener);
+    let said = missing.err().expect("nobody comes").to_string();
     assert_eq!(said, "tensor-parallel ranks 2, 3 did not join within 50ms");
     let address = listener.local_addr().expect("bound").to_string();
     drop(listener);
@@ -183,7 +182,7 @@ fn who_does_not_come_is_named() {
 fn a_lost_process_fails_the_step_for_good_and_is_named() {
     let (leader, following) = start("llama3-rope", 2, 2);
     let pulse = leader.pulse().expect("ranks elsewhere");
-    let mut runner = Runner::on(Box::new(leader));
+    let mut runner = Runner::on(leader);
     read(&mut runner, &Sampling::default());
     // As if the follower had closed: it loses its leader, the leader's steps fail.
     pulse.lose(headstart_engine::collective::RankLost::new(1, "it was cut off"));

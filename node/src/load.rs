@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use headstart_engine::executor::cpu::{CpuOptions, LeadError, TensorParallel};
-use headstart_engine::executor::device::{DeviceChoice, Placed};
-use headstart_engine::model::{LoadOptions, Progress, WeightDtype, Weights};
+use headstart_engine::executor::device::{DeviceChoice, Placed, PlacedRanks};
+use headstart_engine::executor::hosts::LeadError;
+use headstart_engine::model::{LoadOptions, Progress, WeightDtype};
 use headstart_engine::{EngineHandle, EngineOptions, Executor};
 use headstart_service::node::NodeError;
 use headstart_service::options::ModelOptions;
@@ -65,20 +65,17 @@ pub fn load(
 /// This process's ranks, and those that join it.
 fn lead(options: &ModelOptions, gathering: &Gathering) -> Result<Box<dyn Executor>, NodeError> {
     let Gathering { place, times, listener, .. } = gathering;
-    let threads = options.threads();
+    let (threads, device) = (options.threads(), device(options)?);
     let load = LoadOptions { dtype: dtype(options)?, threads };
     let progress = &mut told(&options.model);
-    let weights = Weights::load_ranks(&options.model, load, place.local(), place.ranks, progress)
-        .map_err(|error| NodeError::Model(error.to_string()))?;
-    let kv_tokens = options.kv_tokens(weights.config().context_length);
-    let cpu = CpuOptions { threads, kv_tokens, ..CpuOptions::default() };
+    let ranks = PlacedRanks::load(&options.model, device, load, *place, progress);
+    let ranks = ranks.map_err(NodeError::Model)?;
+    let kv_tokens = options.kv_tokens(ranks.config().context_length);
     gathering.announce_again()?;
-    let led = TensorParallel::lead(weights.parts().to_vec(), cpu, *place, *times, listener);
-    match led {
-        Ok(ranks) => Ok(Box::new(ranks)),
-        Err(LeadError::Executor(error)) => Err(NodeError::Model(error.message)),
-        Err(LeadError::Join(error)) => Err(NodeError::Ranks(error.to_string())),
-    }
+    ranks.lead(threads, kv_tokens, *times, listener).map_err(|error| match error {
+        LeadError::Executor(error) => NodeError::Model(error.message),
+        error => NodeError::Ranks(error.to_string()),
+    })
 }
 
 /// Tells every tenth of the weights in a log line.

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use headstart_cluster::{ClusterError, Meeting};
 use headstart_engine::collective::hosts::Place;
-use headstart_engine::executor::cpu::{FollowError, HostTimes, follow};
-use headstart_engine::model::{LoadOptions, Weights};
+use headstart_engine::executor::device::PlacedRanks;
+use headstart_engine::executor::hosts::{FollowError, HostTimes};
+use headstart_engine::model::LoadOptions;
 use headstart_proto::NodeId;
 use headstart_service::config::ConfigError;
 use headstart_service::node::NodeError;
@@ -80,17 +81,6 @@ pub fn place(model: &ModelOptions) -> Result<Option<Place>, ConfigError> {
     Ok(Some(Place { ranks, hosts, host }))
 }
 
-/// Refuses a device whose ranks cannot be in several processes.
-pub(crate) fn check_device(model: &ModelOptions) -> Result<(), NodeError> {
-    match device(model)?.is_cuda() {
-        true => {
-            let message = "expected --device cpu: ranks on GPUs are one process";
-            Err(invalid("tp-hosts", message).into())
-        }
-        false => Ok(()),
-    }
-}
-
 /// Under which name a node's processes meet in etcd.
 fn meeting(node: &NodeOptions) -> Result<(Meeting, NodeId), NodeError> {
     let id = node.node_id.clone().ok_or_else(|| {
@@ -109,7 +99,7 @@ pub async fn gathering(
     node: &NodeOptions,
     model: &ModelOptions,
 ) -> Result<Gathering, NodeError> {
-    check_device(model)?;
+    device(model)?;
     let hosts = &model.hosts;
     let refused = |address: &str, error: &dyn std::fmt::Display| {
         NodeError::Ranks(format!("listening for tensor-parallel ranks at {address}: {error}"))
@@ -159,7 +149,7 @@ pub async fn run_follower(
     model: ModelOptions,
     shutdown: CancellationToken,
 ) -> Result<(), NodeError> {
-    check_device(&model)?;
+    device(&model)?;
     let meeting = match &model.hosts.tp_leader {
         Some(_) => None,
         None => Some(meeting(&node)?),
@@ -182,11 +172,11 @@ fn following(
     model: &ModelOptions,
     meeting: Option<(Meeting, NodeId)>,
 ) -> Result<(), NodeError> {
-    let (threads, dtype) = (model.threads(), dtype(model)?);
-    let options = LoadOptions { dtype, threads };
+    let (threads, device) = (model.threads(), device(model)?);
+    let options = LoadOptions { dtype: dtype(model)?, threads };
     let progress = &mut told(&model.model);
-    let weights = Weights::load_ranks(&model.model, options, place.local(), place.ranks, progress)
-        .map_err(|error| NodeError::Model(error.to_string()))?;
+    let placed = PlacedRanks::load(&model.model, device, options, place, progress);
+    let placed = placed.map_err(NodeError::Model)?;
     let runtime = tokio::runtime::Handle::current();
     let mut find = || match (&model.hosts.tp_leader, &meeting) {
         (Some(address), _) => Ok(address.clone()),
@@ -202,7 +192,7 @@ fn following(
         tracing::info!(first = ranks.start, ranks = ranks.len(), "tensor-parallel ranks are ready");
     };
     let timeout = model.hosts.tp_join_timeout;
-    let ended = follow(&weights, threads, place, timeout, &mut find, &mut ready);
+    let ended = placed.follow(threads, timeout, &mut find, &mut ready);
     ended.map_err(|error| match error {
         FollowError::Executor(error) => NodeError::Model(error.message),
         error => NodeError::Ranks(error.to_string()),

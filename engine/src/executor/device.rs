@@ -1,13 +1,17 @@
 //! Which device a model runs on, and what loads and runs it there.
 
 use std::fmt;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::cpu::{self, CpuOptions};
-use super::cuda::{self, CudaExecutor, CudaModel, CudaOptions, Ranks};
+use super::cuda::{self, CudaExecutor, CudaModel, CudaOptions, CudaPart, Ranks};
+use super::hosts::{FollowError, HostTimes, LeadError};
 use super::{Executor, ExecutorError};
+use crate::collective::hosts::Place;
 use crate::model::{LoadOptions, ModelConfig, Progress, Weights};
 
 /// What `--device` says.
@@ -129,6 +133,90 @@ impl Placed {
                 Box::new(CudaExecutor::new(Arc::clone(model), &options)?)
             }
         })
+    }
+}
+
+/// The ranks of one process in the memory of their devices; others have the model's other ranks.
+#[derive(Debug)]
+pub enum PlacedRanks {
+    /// In main memory.
+    Cpu(Weights, Place),
+    /// On a GPU each.
+    Cuda(Box<CudaPart>),
+}
+
+impl PlacedRanks {
+    /// Loads the ranks of `place` where `choice` says.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong with the files, or what the device lacks.
+    pub fn load(
+        path: &Path,
+        choice: DeviceChoice,
+        options: LoadOptions,
+        place: Place,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self, String> {
+        let (local, of) = (place.local(), place.ranks);
+        if choice.is_cuda() {
+            Ranks::place_apart(&local, of, cuda::devices())?;
+            let loaded = cuda::load_ranks(path, options.dtype, place, kernel_cache(), progress);
+            return loaded.map(|part| Self::Cuda(Box::new(part))).map_err(|e| e.to_string());
+        }
+        let loaded = Weights::load_ranks(path, options, local, of, progress);
+        loaded.map(|weights| Self::Cpu(weights, place)).map_err(|e| e.to_string())
+    }
+
+    /// What the whole model is.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        match self {
+            Self::Cpu(weights, _) => weights.config(),
+            Self::Cuda(part) => part.config(),
+        }
+    }
+
+    /// Leads the model's ranks: waits on `listener` for the others. `threads` are those of the CPU.
+    ///
+    /// # Errors
+    /// [`LeadError`]
+    pub fn lead(
+        self,
+        threads: usize,
+        kv_tokens: usize,
+        times: HostTimes,
+        listener: &TcpListener,
+    ) -> Result<Box<dyn Executor>, LeadError> {
+        match self {
+            Self::Cpu(weights, place) => {
+                let options = CpuOptions { threads, kv_tokens, ..CpuOptions::default() };
+                cpu::lead(weights.parts().to_vec(), options, place, times, listener)
+            }
+            Self::Cuda(part) => {
+                let options = CudaOptions { kv_tokens, ..CudaOptions::default() };
+                cuda::lead(*part, &options, times, listener)
+            }
+        }
+    }
+
+    /// Runs the ranks for a leader until it says goodbye. `find` looks its address up before each try
+    /// to reach it, for `join_timeout`; `ready` is called once all is ready here.
+    ///
+    /// # Errors
+    /// [`FollowError`]
+    pub fn follow(
+        self,
+        threads: usize,
+        join_timeout: Duration,
+        find: &mut dyn FnMut() -> Result<String, String>,
+        ready: &mut dyn FnMut(),
+    ) -> Result<(), FollowError> {
+        match self {
+            Self::Cpu(weights, place) => {
+                cpu::follow(&weights, threads, place, join_timeout, find, ready)
+            }
+            Self::Cuda(part) => cuda::follow(*part, join_timeout, find, ready),
+        }
     }
 }
 

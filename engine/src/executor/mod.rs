@@ -5,9 +5,12 @@ pub mod cpu;
 pub mod cuda;
 pub mod device;
 pub mod fake;
+pub mod hosts;
 pub mod kv;
+mod partial;
 mod vocab;
 
+use crate::collective::RankLost;
 use crate::collective::hosts::Pulse;
 use crate::core::pages::PageId;
 use crate::core::sampling::Sampling;
@@ -100,6 +103,12 @@ pub struct ExecutorError {
     pub message: String,
     /// The executor is of no further use (a lost device, a dead rank).
     pub fatal: bool,
+}
+
+impl From<RankLost> for ExecutorError {
+    fn from(lost: RankLost) -> Self {
+        Self { message: lost.to_string(), fatal: true }
+    }
 }
 
 /// A model that extends sequences: prefill, scoring, decoding and verifying are all the same call.

@@ -230,7 +230,12 @@ int set_current_device(int device) {
 void wait_until(const char* what, std::function<bool()> over) {
     std::unique_lock<std::recursive_mutex> hold(everything);
     moved.notify_all();
-    if (!moved.wait_for(hold, std::chrono::minutes(2), over)) fail(what);
+    auto patience = std::chrono::steady_clock::now() + std::chrono::minutes(2);
+    while (!over()) {
+        if (std::chrono::steady_clock::now() > patience) fail(what);
+        // Ranks of other processes cannot tell that they have come.
+        moved.wait_for(hold, std::chrono::microseconds(100));
+    }
     moved.notify_all();
 }
 

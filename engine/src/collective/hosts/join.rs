@@ -16,12 +16,12 @@ use super::watch::Pulse;
 use crate::executor::ModelHash;
 
 /// Grows with every change of the frames, or of what the ranks compute together.
-const PROTOCOL: u16 = 1;
+const PROTOCOL: u16 = 2;
 const MAGIC: [u8; 4] = *b"HSTP";
 /// `[magic][protocol u16]`, the same in every protocol.
 const GREETING_BYTES: usize = 6;
-/// `[purpose u8][ranks u32][hosts u32][host u32][session u64][model 32]`
-const HELLO_BYTES: usize = 53;
+/// `[purpose u8][ranks u32][hosts u32][host u32][session u64][model 32][on GPUs u8]`
+const HELLO_BYTES: usize = 54;
 /// `[session u64][page_size u32][chunk_tokens u32][kv_tokens u64][silence_ms u32]`
 const TERMS_BYTES: usize = 28;
 /// Bytes of the sentence that refuses.
@@ -39,6 +39,17 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
 /// The longest pause between two looks for the leader.
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// What a process shows of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its place among the others.
+    pub place: Place,
+    /// The model, and how its weights are kept.
+    pub model: ModelHash,
+    /// Whether its ranks are on GPUs, which sum among themselves.
+    pub on_gpus: bool,
+}
 
 /// What the leader decides for all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,28 +112,30 @@ pub struct Joined {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Hello {
     purpose: u8,
-    place: Place,
     session: u64,
-    model: ModelHash,
+    member: Member,
 }
 
 impl Hello {
     fn bytes(&self) -> Vec<u8> {
         let mut out = greeting();
         out.push(self.purpose);
-        for size in [self.place.ranks, self.place.hosts, self.place.host] {
+        let Member { place, model, on_gpus } = self.member;
+        for size in [place.ranks, place.hosts, place.host] {
             out.extend(u32::try_from(size).unwrap_or(u32::MAX).to_le_bytes());
         }
         out.extend(self.session.to_le_bytes());
-        out.extend(self.model.0);
+        out.extend(model.0);
+        out.push(u8::from(on_gpus));
         out
     }
 
     fn of(bytes: &[u8; HELLO_BYTES]) -> Self {
         let mut model = [0; 32];
-        model.copy_from_slice(&bytes[21..]);
+        model.copy_from_slice(&bytes[21..53]);
         let place = Place { ranks: size(bytes, 1), hosts: size(bytes, 5), host: size(bytes, 9) };
-        Self { purpose: bytes[0], place, session: word(bytes, 13), model: ModelHash(model) }
+        let member = Member { place, model: ModelHash(model), on_gpus: bytes[53] != 0 };
+        Self { purpose: bytes[0], session: word(bytes, 13), member }
     }
 }
 
@@ -165,8 +178,7 @@ struct Arrived {
 
 /// The leader while it waits.
 struct Door {
-    place: Place,
-    model: ModelHash,
+    own: Member,
     terms: Terms,
     session: u64,
     /// By host; the leader's own place stays empty.
@@ -179,15 +191,14 @@ struct Door {
 /// [`JoinError::Missing`] names the ranks that did not come within `timeout`.
 pub fn gather(
     listener: &TcpListener,
-    place: Place,
-    model: ModelHash,
+    own: &Member,
     terms: Terms,
     timeout: Duration,
 ) -> Result<(Vec<Peer>, Pulse), JoinError> {
     let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let session = since_epoch.map_or(0, |since| since.as_nanos() as u64);
-    let arrived = (0..place.hosts).map(|_| None).collect();
-    let mut door = Door { place, model, terms, session, arrived };
+    let arrived = (0..own.place.hosts).map(|_| None).collect();
+    let mut door = Door { own: *own, terms, session, arrived };
     let deadline = Instant::now() + timeout;
     listener.set_nonblocking(true)?;
     while !door.is_full() {
@@ -212,9 +223,10 @@ impl Door {
     }
 
     fn missing(&self) -> String {
-        let away = (1..self.place.hosts).filter(|host| self.arrived[*host].is_none());
+        let place = self.own.place;
+        let away = (1..place.hosts).filter(|host| self.arrived[*host].is_none());
         let ranks: Vec<String> =
-            away.flat_map(|h| self.place.ranks_of(h)).map(|r| r.to_string()).collect();
+            away.flat_map(|h| place.ranks_of(h)).map(|r| r.to_string()).collect();
         format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, ranks.join(", "))
     }
 
@@ -233,7 +245,7 @@ impl Door {
                 (Some(objection), _) => objection,
                 (None, PULSE) => {
                     answer(&mut stream, TAKEN, &[])?;
-                    if let Some(arrived) = &mut self.arrived[hello.place.host] {
+                    if let Some(arrived) = &mut self.arrived[hello.member.place.host] {
                         arrived.pulse = Some(stream);
                     }
                     return Ok(());
@@ -242,7 +254,7 @@ impl Door {
                     answer(&mut stream, TAKEN, &self.terms())?;
                     let address = address.to_owned();
                     let arrived = Arrived { work: stream, pulse: None, address };
-                    self.arrived[hello.place.host] = Some(arrived);
+                    self.arrived[hello.member.place.host] = Some(arrived);
                     return Ok(());
                 }
             }
@@ -255,7 +267,8 @@ impl Door {
 
     /// What speaks against a process.
     fn objection(&self, hello: &Hello) -> Option<String> {
-        let (own, place) = (self.place, hello.place);
+        let Member { place, model, on_gpus } = hello.member;
+        let own = self.own.place;
         if place.ranks != own.ranks || place.hosts != own.hosts {
             return Some(format!(
                 "it has --tp {} and --tp-hosts {}, the leader {} and {}",
@@ -265,11 +278,19 @@ impl Door {
         if place.host == 0 || place.host >= own.hosts {
             return Some(format!("there is no follower {} of {}", place.host, own.hosts));
         }
-        if hello.model != self.model {
+        if model != self.own.model {
             return Some(format!(
                 "it has another model, or keeps its weights otherwise: {}, the leader {}",
-                short(hello.model),
-                short(self.model)
+                short(model),
+                short(self.own.model)
+            ));
+        }
+        if on_gpus != self.own.on_gpus {
+            let device = |on_gpus| if on_gpus { "cuda" } else { "cpu" };
+            return Some(format!(
+                "it has --device {}, the leader {}",
+                device(on_gpus),
+                device(self.own.on_gpus)
             ));
         }
         let slot = &self.arrived[place.host];
@@ -299,7 +320,7 @@ impl Door {
         let mut peers = Vec::new();
         for (host, arrived) in self.arrived.into_iter().enumerate() {
             let Some(Arrived { work, pulse: Some(watched), .. }) = arrived else { continue };
-            let ranks = self.place.ranks_of(host);
+            let ranks = self.own.place.ranks_of(host);
             work.set_read_timeout(None)?;
             work.set_write_timeout(None)?;
             pulse.guard(&work)?;
@@ -328,15 +349,14 @@ fn is_closed(stream: &TcpStream) -> bool {
 /// [`JoinError::Refused`], at once; [`JoinError::NoLeader`] when none was there within `timeout`.
 pub fn join(
     find: &mut dyn FnMut() -> Result<String, String>,
-    place: Place,
-    model: ModelHash,
+    member: &Member,
     timeout: Duration,
 ) -> Result<Joined, JoinError> {
     let deadline = Instant::now() + timeout;
     let mut pause = RETRY_PAUSE;
     loop {
         let cause = match find() {
-            Ok(leader) => match attempt(&leader, place, model, deadline) {
+            Ok(leader) => match attempt(&leader, member, deadline) {
                 Ok(joined) => return Ok(joined),
                 Err(Attempt::Refused(reason)) => return Err(JoinError::Refused { leader, reason }),
                 Err(Attempt::Failed(error)) => format!("{leader}: {error}"),
@@ -362,13 +382,8 @@ impl From<io::Error> for Attempt {
     }
 }
 
-fn attempt(
-    leader: &str,
-    place: Place,
-    model: ModelHash,
-    deadline: Instant,
-) -> Result<Joined, Attempt> {
-    let hello = Hello { purpose: WORK, place, session: 0, model };
+fn attempt(leader: &str, member: &Member, deadline: Instant) -> Result<Joined, Attempt> {
+    let hello = Hello { purpose: WORK, session: 0, member: *member };
     let (work, terms) = say(leader, &hello, deadline)?;
     if terms.len() != TERMS_BYTES {
         return Err(io::Error::from(io::ErrorKind::InvalidData).into());

@@ -27,11 +27,21 @@ pub enum Kind {
     Page = 6,
     /// Leader to follower: a page to be overwritten.
     Write = 7,
+    /// Leader to follower: the id of the group in which their GPUs sum.
+    Group = 8,
 }
 
 impl Kind {
-    const ALL: [Self; 7] =
-        [Self::Plan, Self::Part, Self::Sum, Self::Found, Self::Read, Self::Page, Self::Write];
+    const ALL: [Self; 8] = [
+        Self::Plan,
+        Self::Part,
+        Self::Sum,
+        Self::Found,
+        Self::Read,
+        Self::Page,
+        Self::Write,
+        Self::Group,
+    ];
 
     fn of(byte: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| *kind as u8 == byte)

@@ -15,7 +15,7 @@ use std::fmt;
 use std::ops::Range;
 
 pub use group::Spanning;
-pub use join::{JoinError, Terms, gather, join};
+pub use join::{JoinError, Member, Terms, gather, join};
 pub use watch::Pulse;
 
 /// A process's place among the processes of a model.

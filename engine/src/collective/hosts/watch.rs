@@ -7,7 +7,7 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -33,6 +33,9 @@ struct State {
     /// Connections to be closed when a rank is lost.
     work: Mutex<Vec<TcpStream>>,
     watches: Mutex<Vec<TcpStream>>,
+    /// All connections are closed, for good.
+    closed: Mutex<bool>,
+    closing: Condvar,
 }
 
 impl Pulse {
@@ -66,6 +69,32 @@ impl Pulse {
     fn close(&self) {
         shut(&self.0.work);
         shut(&self.0.watches);
+        *self.0.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.0.closing.notify_all();
+    }
+
+    /// Waits until a rank is lost or the leader has left, or for so long.
+    pub(crate) fn wait_for_end(&self, timeout: Duration) {
+        let closed = self.0.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        // What counts is asked for by whoever waits.
+        let _ = self.0.closing.wait_timeout_while(closed, timeout, |closed| !*closed);
+    }
+
+    /// Has `act` done, on a thread of its own, when a rank is lost or the leader has left.
+    ///
+    /// # Errors
+    /// The system has no room for another thread.
+    pub(crate) fn at_end(&self, act: impl FnOnce(&Self) + Send + 'static) -> io::Result<()> {
+        let pulse = self.clone();
+        let wait = move || {
+            let mut closed = pulse.0.closed.lock().unwrap_or_else(PoisonError::into_inner);
+            while !*closed {
+                closed = pulse.0.closing.wait(closed).unwrap_or_else(PoisonError::into_inner);
+            }
+            drop(closed);
+            act(&pulse);
+        };
+        std::thread::Builder::new().name("tp-end".into()).spawn(wait).map(drop)
     }
 
     /// Says goodbye to the followers: the model is not wanted any more. Their work's connections

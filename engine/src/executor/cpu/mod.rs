@@ -11,22 +11,21 @@ mod follow;
 mod forward;
 mod parallel;
 mod probe;
-mod remote;
 
 use std::sync::Arc;
 
 use headstart_kernels::{DType, KvPool, KvShape, RopeAngles, ThreadPool};
 
 use super::check::check_page_bytes;
+use super::partial::{self, Partial};
 use super::{Executor, ExecutorError, Found, KvDtype, KvFormat, KvLayout, Limits, PageId, Row};
 use crate::collective::{Alone, Collective, RankLost};
 use crate::core::sampling;
 use crate::model::{Model, Weights};
 use forward::{Scratch, Span};
-use probe::Partial;
 
-pub use follow::{FollowError, follow};
-pub use parallel::{HostTimes, LeadError, TensorParallel};
+pub use follow::follow;
+pub use parallel::{TensorParallel, lead};
 
 /// How a [`CpuExecutor`] is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -209,8 +208,8 @@ impl Executor for CpuExecutor {
 
     fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
         self.limits.check(rows)?;
-        let found = self.run(rows).map_err(lost)?;
-        probe::join(rows, vec![found], &mut self.sampler)
+        let found = self.run(rows)?;
+        partial::join(rows, vec![found], &mut self.sampler)
     }
 
     fn kv_format(&self) -> Option<KvFormat> {
@@ -230,10 +229,6 @@ impl Executor for CpuExecutor {
         self.copy_page_in(page, data);
         Ok(())
     }
-}
-
-fn lost(lost: RankLost) -> ExecutorError {
-    ExecutorError { message: lost.to_string(), fatal: true }
 }
 
 #[cfg(test)]

@@ -2,7 +2,10 @@
 //!
 //! One thread drives all ranks, step by step, so they need no meeting point on the host: ranks that
 //! share a device share its stream, and a kernel adds their buffers up; ranks that have a device each
-//! sum by NCCL.
+//! sum by NCCL, over processes too.
+
+use std::ops::Range;
+use std::sync::Arc;
 
 use headstart_kernels::cuda::{Buffer, Communicators, CudaError, Device, SAME_DEVICE_RANKS_MAX};
 
@@ -36,6 +39,21 @@ impl Ranks {
         }
     }
 
+    /// The places of the ranks of one of several processes: a GPU for each, the first of them on GPU 0.
+    /// (A machine without a GPU has more to say, which is not said here.)
+    ///
+    /// # Errors
+    /// A sentence that says how many GPUs there are.
+    pub fn place_apart(local: &Range<usize>, tp: usize, gpus: usize) -> Result<Self, String> {
+        match local.len() {
+            here if gpus == 0 || here <= gpus => Ok(Self::Devices(here)),
+            here => Err(format!(
+                "--tp: {here} of the {tp} ranks are this process's, with a GPU for each: expected \
+                 {here} GPUs, found {gpus}"
+            )),
+        }
+    }
+
     /// The GPU of each rank, in order.
     pub(super) fn ordinals(self) -> Vec<usize> {
         match self {
@@ -53,14 +71,16 @@ pub(super) enum Collective {
     /// A kernel adds the buffers of the device up.
     SameDevice(Device),
     /// NCCL does, over devices.
-    Nccl(Communicators),
+    Nccl(Arc<Communicators>),
 }
 
 impl Collective {
     /// That of ranks on `devices`, in order.
     pub(super) fn new(ranks: Ranks, devices: &[Device]) -> Result<Self, CudaError> {
         match (ranks, devices) {
-            (Ranks::Devices(_), devices) => Communicators::new(devices).map(Self::Nccl),
+            (Ranks::Devices(_), devices) => {
+                Communicators::new(devices).map(Arc::new).map(Self::Nccl)
+            }
             (Ranks::SameDevice(_), [first, _, ..]) => Ok(Self::SameDevice(first.clone())),
             (Ranks::SameDevice(_), _) => Ok(Self::Alone),
         }
@@ -105,6 +125,13 @@ mod tests {
             (0, 1, too_many("16 ranks on one GPU", 0)),
         ] {
             assert_eq!(Ranks::place(tp, gpus), expected, "{tp} ranks, {gpus} GPUs");
+        }
+        let few = "--tp: 2 of the 4 ranks are this process's, with a GPU for each: expected 2 GPUs, \
+                   found 1";
+        for (local, gpus, expected) in
+            [(2..4, 2, Ok(Devices(2))), (0..1, 8, Ok(Devices(1))), (2..4, 1, Err(few.to_owned()))]
+        {
+            assert_eq!(Ranks::place_apart(&local, 4, gpus), expected, "{local:?}, {gpus} GPUs");
         }
         assert_eq!(SameDevice(2).ordinals(), [0, 0]);
         assert_eq!(Devices(3).ordinals(), [0, 1, 2]);

@@ -136,7 +136,7 @@ impl CudaExecutor {
             let host = piece(device, &mut lane.staging, index, staged.words())?;
             staged.stage(device, &planned.batch, host)?;
         }
-        if let [rank] = &mut self.ranks[..] {
+        if let ([rank], true) = (&mut self.ranks[..], self.model.is_whole()) {
             let kept = &kept[(batch.lane + IN_FLIGHT_MAX - 1) % IN_FLIGHT_MAX];
             self.model.device().take_tokens(&mut rank.scratch.staged, kept)?;
         }

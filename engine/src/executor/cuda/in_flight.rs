@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 
+use headstart_kernels::VocabStats;
 use headstart_kernels::cuda::{
     Answers, Buffer, CudaError, Device, Keep, Pinned, Questions, SampleArgs, Timer, TokenFound,
 };
@@ -13,7 +14,9 @@ use headstart_kernels::cuda::{
 use super::load::{CudaModel, RankModel};
 use super::plan::Wanted;
 use super::probe::{Draw, SAMPLED_ROWS, join, sample_question};
-use super::{CudaExecutor, lost};
+use super::{CudaExecutor, Rank, lost};
+use crate::executor::hosts::Partials;
+use crate::executor::partial::Partial;
 use crate::executor::vocab::join_top;
 use crate::executor::{ExecutorError, Found, IN_FLIGHT_MAX, Limits, Row, Scored, TokenId};
 
@@ -58,6 +61,9 @@ struct Asked {
     draws: Vec<Draw>,
     /// For each wanted one its place among the samples, unless the argmax is its answer.
     drawn: Vec<Option<usize>>,
+    /// Where others have ranks as well: each rank's logits of each wanted one from which a token is
+    /// drawn. The leader of all draws it.
+    logits: Vec<Vec<Vec<f32>>>,
 }
 
 /// A batch in flight.
@@ -80,6 +86,8 @@ pub(super) struct Batches {
     pub(super) lanes: [Vec<Lane>; IN_FLIGHT_MAX],
     /// What the rows of the batch in each lane chose.
     pub(super) kept: [Buffer<u32>; IN_FLIGHT_MAX],
+    /// Whether they are kept: one rank that has the whole vocabulary knows what it chose.
+    keeps: bool,
     in_flight: VecDeque<InFlight>,
     /// The lane of the next one.
     next: usize,
@@ -95,6 +103,7 @@ impl Batches {
         Ok(Self {
             lanes: [lanes(), lanes()],
             kept: [kept()?, kept()?],
+            keeps: model.is_whole(),
             in_flight: VecDeque::new(),
             next: 0,
             samples: Vec::new(),
@@ -107,20 +116,29 @@ impl Batches {
 
     /// A batch of so many rows, about to be submitted.
     pub(super) fn begin(&self, rows: usize) -> Result<InFlight, ExecutorError> {
-        let refused = |message: String| ExecutorError { message, fatal: false };
         if self.in_flight.len() == IN_FLIGHT_MAX {
-            return Err(refused(format!("{IN_FLIGHT_MAX} batches are in flight")));
+            let message = format!("{IN_FLIGHT_MAX} batches are in flight");
+            return Err(ExecutorError { message, fatal: false });
         }
-        if rows > self.kept[0].len() {
-            return Err(refused(format!("{rows} rows on {} pages", self.kept[0].len())));
-        }
+        self.check(rows)?;
         Ok(InFlight { lane: self.next, rows, asked: Vec::new(), draws: 0, done: Vec::new() })
+    }
+
+    /// Refuses more rows than can be.
+    pub(super) fn check(&self, rows: usize) -> Result<(), ExecutorError> {
+        let pages = self.kept[0].len();
+        match rows > pages {
+            true => {
+                let message = format!("{rows} rows on {pages} pages");
+                Err(ExecutorError { message, fatal: false })
+            }
+            false => Ok(()),
+        }
     }
 
     /// It is submitted.
     pub(super) fn push(&mut self, batch: InFlight, rows: &[Row<'_>], done: Vec<Timer>) {
-        // One rank keeps what it chose on the device.
-        let keeps = self.lanes[0].len() == 2;
+        let keeps = self.keeps;
         let samples = |row: &Row<'_>| keeps && row.probes.last().is_some_and(|probe| probe.sample);
         self.samples = rows.iter().map(samples).collect();
         self.next = (self.next + 1) % IN_FLIGHT_MAX;
@@ -128,10 +146,16 @@ impl Batches {
     }
 
     /// Waits for the oldest one.
-    pub(super) fn collect(&mut self) -> Result<Vec<Vec<Found>>, ExecutorError> {
+    fn wait(&mut self) -> Result<InFlight, ExecutorError> {
         let nothing = || ExecutorError { message: "nothing is in flight".into(), fatal: false };
         let batch = self.in_flight.pop_front().ok_or_else(nothing)?;
         batch.done.iter().try_for_each(Timer::wait).map_err(lost)?;
+        Ok(batch)
+    }
+
+    /// Waits for the oldest one, and makes one answer of what its ranks found.
+    pub(super) fn collect(&mut self) -> Result<Vec<Vec<Found>>, ExecutorError> {
+        let batch = self.wait()?;
         let (mut found, mut draws) = (vec![Vec::new(); batch.rows], 0);
         let lanes = &mut self.lanes[batch.lane];
         for (index, asked) in batch.asked.iter().enumerate() {
@@ -149,6 +173,22 @@ impl Batches {
                 draws += 1;
             }
             asked.tell(&parts, &samples, &mut found)?;
+        }
+        Ok(found)
+    }
+
+    /// Waits for the oldest one: what each of `ranks` ranks found.
+    pub(super) fn collect_apart(&mut self, ranks: usize) -> Result<Partials, ExecutorError> {
+        let batch = self.wait()?;
+        let rows = || (0..batch.rows).map(|_| Vec::new()).collect();
+        let mut found: Partials = (0..ranks).map(|_| rows()).collect();
+        let lanes = &mut self.lanes[batch.lane];
+        for (index, mut asked) in batch.asked.into_iter().enumerate() {
+            for (rank, (lane, found)) in lanes.iter_mut().zip(&mut found).enumerate() {
+                let words = lane.answers[index].wait_for().map_err(lost)?;
+                let answers = asked.questions[rank].0.read(words);
+                asked.tell_apart(rank, answers, found);
+            }
         }
         Ok(found)
     }
@@ -170,7 +210,7 @@ impl CudaExecutor {
             return Ok(());
         }
         let (model, index) = (&self.model, batch.asked.len());
-        let asked = Asked::new(rows, wanted, first, count, model);
+        let mut asked = Asked::new(rows, wanted, first, count, model);
         let Batches { lanes, kept, .. } = &mut self.batches;
         let (lanes, kept) = (&mut lanes[batch.lane], &mut kept[batch.lane]);
         let ranks = model.parts.iter().zip(&mut self.ranks).zip(&asked.questions);
@@ -180,6 +220,9 @@ impl CudaExecutor {
             let answers = piece(device, &mut lane.answers, index, questions.answer_words())?;
             let logits = (&p.logits, part.vocab.len());
             device.ask(questions, logits, &p.found, &mut p.ask, host, answers, kept)?;
+        }
+        if model.is_spread() {
+            asked.take_logits(model, &self.ranks)?;
         }
         if let (Some(drawing), Some(lane)) = (&mut self.drawing, lanes.last_mut()) {
             for draw in &asked.draws {
@@ -223,9 +266,10 @@ impl Asked {
             let top = |w: &Wanted| ((w.at - first) as u32, w.probe.top.min(vocab) as u32);
             wanted.iter().map(top).collect()
         };
-        if let [part] = &model.parts[..] {
+        let (draws, logits) = (Vec::new(), Vec::new());
+        if let ([part], true) = (&model.parts[..], model.is_whole()) {
             all.tops = tops(part.vocab.len());
-            return Self { wanted, first, questions: vec![(all, 0)], draws: Vec::new(), drawn };
+            return Self { wanted, first, questions: vec![(all, 0)], draws, drawn, logits };
         }
         let part = |part: &RankModel| {
             let tops = tops(part.vocab.len());
@@ -233,6 +277,9 @@ impl Asked {
             (questions, part.vocab.start as u32)
         };
         let questions = model.parts.iter().map(part).collect();
+        if model.is_spread() {
+            return Self { wanted, first, questions, draws, drawn, logits };
+        }
         let draws = all.samples.chunks(SAMPLED_ROWS).map(|samples| {
             let mut draw = Draw::default();
             draw.questions.penalties = all.penalties.clone();
@@ -244,7 +291,37 @@ impl Asked {
             draw
         });
         let draws = draws.collect();
-        Self { wanted, first, questions, draws, drawn }
+        Self { wanted, first, questions, draws, drawn, logits }
+    }
+
+    /// Has the logits come to the host from which a token is drawn.
+    fn take_logits(&mut self, model: &CudaModel, ranks: &[Rank]) -> Result<(), CudaError> {
+        for (part, rank) in model.parts.iter().zip(ranks) {
+            let vocab = part.vocab.len();
+            let rows = self.wanted.iter().zip(&self.drawn).map(|(wanted, drawn)| {
+                let mut row = vec![0.0; if drawn.is_some() { vocab } else { 0 }];
+                let from = (wanted.at - self.first) * vocab;
+                part.device.read(&rank.probes.logits, from, &mut row).map(|()| row)
+            });
+            self.logits.push(rows.collect::<Result<_, _>>()?);
+        }
+        Ok(())
+    }
+
+    /// Tells each probe's row what a rank found.
+    fn tell_apart(&mut self, rank: usize, answers: Answers, found: &mut [Vec<Partial>]) {
+        let start = self.questions[rank].1;
+        let logits = std::mem::take(&mut self.logits[rank]);
+        for ((wanted, top), logits) in self.wanted.iter().zip(answers.tops).zip(logits) {
+            let facts = answers.facts[wanted.at - self.first];
+            let TokenFound { argmax, max, log_sum_exp, target } = facts;
+            found[wanted.row].push(Partial {
+                stats: VocabStats { argmax, max, log_sum_exp },
+                target: wanted.probe.target.map(|_| target).filter(|target| !target.is_nan()),
+                top: top.into_iter().map(|(token, logit)| (token + start, logit)).collect(),
+                logits,
+            });
+        }
     }
 
     /// Tells each probe's row what was found by the ranks, and drawn.

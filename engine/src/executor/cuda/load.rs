@@ -56,11 +56,14 @@ pub(super) struct RankModel {
     pub(super) layers: Vec<Layer>,
 }
 
-/// A model on a GPU, or in parts on one or several, shared read-only by its executors.
+/// A model on a GPU, or in parts on one or several, shared read-only by its executors. Other processes
+/// may have parts of it, too.
 #[derive(Debug)]
 pub struct CudaModel {
     /// In the order of the ranks.
     pub(super) parts: Vec<RankModel>,
+    /// Ranks of the whole model, those of other processes among them.
+    pub(super) of: usize,
     /// How their results are summed.
     pub(super) collective: Collective,
     /// The whole model.
@@ -74,10 +77,25 @@ pub struct CudaModel {
 }
 
 impl CudaModel {
-    /// Loads a rank's part after the other; `devices` are theirs, in order.
+    /// Loads all ranks' parts; `devices` are theirs, in order.
     pub(super) fn load(
         devices: &[Device],
         ranks: Ranks,
+        path: &Path,
+        dtype: WeightDtype,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self, CudaLoadError> {
+        let all = Self::load_ranks(devices, 0, devices.len(), path, dtype, progress)?;
+        let collective = Collective::new(ranks, devices).map_err(CudaLoadError::Device)?;
+        Ok(Self { collective, ..all })
+    }
+
+    /// Loads a part after the other of the ranks from `first` on, of a model of so many; `devices` are
+    /// theirs, in order. How they sum is not settled.
+    pub(super) fn load_ranks(
+        devices: &[Device],
+        first: usize,
+        of: usize,
         path: &Path,
         dtype: WeightDtype,
         progress: &mut dyn FnMut(Progress),
@@ -91,18 +109,19 @@ impl CudaModel {
         };
         let (hash, config) = (Some(files.hash(dtype)?), files.whole().clone());
         let (keeps, count) = (dtype == WeightDtype::Auto, devices.len());
-        let part = |(rank, device): (usize, &Device)| {
+        let part = |(index, device): (usize, &Device)| {
             // Each part reports its own way through the whole file.
             let mut scaled = |p: Progress| {
-                let done = (rank as u64 * p.bytes_total + p.bytes_loaded) / count as u64;
+                let done = (index as u64 * p.bytes_total + p.bytes_loaded) / count as u64;
                 progress(Progress { bytes_loaded: done, ..p });
             };
-            let tensors = Tensors::open(path, Shard { rank, ranks: count }, &mut scaled)?;
+            let shard = Shard { rank: first + index, ranks: of };
+            let tensors = Tensors::open(path, shard, &mut scaled)?;
             Uploader { device, tensors, precision, keeps }.part()
         };
         let parts: Vec<_> = devices.iter().enumerate().map(part).collect::<Result<_, _>>()?;
-        let collective = Collective::new(ranks, devices).map_err(CudaLoadError::Device)?;
-        Ok(Self { parts, collective, config, precision, hash, turn: Mutex::default() })
+        let (collective, turn) = (Collective::Alone, Mutex::default());
+        Ok(Self { parts, of, collective, config, precision, hash, turn })
     }
 
     /// A model of this shape with random bf16 weights, made on the device: for measuring.
@@ -116,6 +135,16 @@ impl CudaModel {
     ) -> Result<Self, CudaLoadError> {
         let device = Device::open(ordinal, cache).map_err(CudaLoadError::Device)?;
         random(&device, config).map_err(CudaLoadError::Copy)
+    }
+
+    /// Whether one rank has it all.
+    pub(super) fn is_whole(&self) -> bool {
+        self.of == 1
+    }
+
+    /// Whether other processes have parts of it.
+    pub(super) fn is_spread(&self) -> bool {
+        self.of > self.parts.len()
     }
 
     /// What the whole model is.
@@ -333,6 +362,7 @@ fn random(device: &Device, config: ModelConfig) -> Result<CudaModel, CudaError> 
     let part = RankModel { device, config, vocab, embedding, head, final_norm, layers };
     Ok(CudaModel {
         parts: vec![part],
+        of: 1,
         collective: Collective::Alone,
         config: whole,
         precision: Precision::Bf16,

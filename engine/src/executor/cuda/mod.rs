@@ -14,6 +14,7 @@
 
 mod collective;
 mod forward;
+mod hosts;
 mod in_flight;
 mod load;
 pub mod measure;
@@ -29,6 +30,7 @@ use headstart_kernels::cuda::{Buffer, CudaError, Device, KvCache, KvDims, Precis
 use super::{Executor, ExecutorError, Found, KvFormat, Limits, PageId, Pipeline, Row};
 use crate::model::{LoadError, Progress, WeightDtype};
 pub use collective::Ranks;
+pub use hosts::{CudaPart, follow, lead, load_ranks};
 pub use load::CudaModel;
 use load::RankModel;
 
@@ -67,17 +69,22 @@ pub fn load(
     cache: Option<PathBuf>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Arc<CudaModel>, CudaLoadError> {
+    let devices = open(ranks, cache.as_deref())?;
+    CudaModel::load(&devices, ranks, path, dtype, progress).map(Arc::new)
+}
+
+/// The device of each rank, in order.
+fn open(ranks: Ranks, cache: Option<&Path>) -> Result<Vec<Device>, CudaLoadError> {
     let mut devices: Vec<(usize, Device)> = Vec::new();
     for ordinal in ranks.ordinals() {
         let open = devices.iter().find(|(other, _)| *other == ordinal).map(|(_, d)| d.clone());
         let device = match open {
             Some(device) => device,
-            None => Device::open(ordinal, cache.as_deref()).map_err(CudaLoadError::Device)?,
+            None => Device::open(ordinal, cache).map_err(CudaLoadError::Device)?,
         };
         devices.push((ordinal, device));
     }
-    let devices: Vec<Device> = devices.into_iter().map(|(_, device)| device).collect();
-    CudaModel::load(&devices, ranks, path, dtype, progress).map(Arc::new)
+    Ok(devices.into_iter().map(|(_, device)| device).collect())
 }
 
 /// Why a model is not on the GPU.
@@ -113,14 +120,15 @@ struct Rank {
 /// Runs a model on GPUs. Several executors may share one model; their work is serialised.
 #[derive(Debug)]
 pub struct CudaExecutor {
+    /// These go before the model, whose communicators wait for what recorded their sums.
+    graphs: forward::Graphs,
     model: Arc<CudaModel>,
     /// In the order of the model's parts.
     ranks: Vec<Rank>,
-    /// Where tokens are drawn from the logits of several ranks.
+    /// Where tokens are drawn from the logits of several ranks that are all here.
     drawing: Option<probe::Drawing>,
     /// A rank's part of a page on its way.
     page_host: Vec<u8>,
-    graphs: forward::Graphs,
     batches: in_flight::Batches,
     chunk_tokens: usize,
     limits: Limits,
@@ -171,9 +179,9 @@ impl CudaExecutor {
         let rank = |part| Rank::new(part, model.precision(), limits, chunk_tokens);
         let ranks: Vec<Rank> =
             model.parts.iter().map(rank).collect::<Result<_, _>>().map_err(refused)?;
-        let drawing = match ranks.len() {
-            1 => None,
-            _ => Some(probe::Drawing::new(&model).map_err(refused)?),
+        let drawing = match model.is_whole() || model.is_spread() {
+            true => None,
+            false => Some(probe::Drawing::new(&model).map_err(refused)?),
         };
         let batches = in_flight::Batches::new(&model, limits).map_err(refused)?;
         let (page_host, graphs) = (Vec::new(), forward::Graphs::default());
@@ -215,17 +223,18 @@ impl Executor for CudaExecutor {
 
     fn pipeline(&mut self) -> Option<&mut dyn Pipeline> {
         // What several ranks choose is known on the host, when it has joined what they found.
-        match self.ranks.len() {
-            1 => Some(self),
-            _ => None,
+        match self.model.is_whole() {
+            true => Some(self),
+            false => None,
         }
     }
 
     fn kv_format(&self) -> Option<KvFormat> {
-        self.format()
+        self.format_of_all()
     }
 
     fn read_page(&mut self, page: PageId, out: &mut Vec<u8>) -> Result<(), ExecutorError> {
+        out.resize(self.local_page_bytes(), 0);
         self.page_out(page, out)
     }
 

@@ -38,7 +38,7 @@ fn transpose_keys(
 
 impl CudaExecutor {
     /// What its pages are to other executors; a model without files has no name.
-    pub(super) fn format(&self) -> Option<KvFormat> {
+    pub(super) fn format_of_all(&self) -> Option<KvFormat> {
         let model = self.model.hash?;
         Some(KvFormat { model, layout: self.layout() })
     }
@@ -55,21 +55,22 @@ impl CudaExecutor {
                 Precision::F32 => KvDtype::F32,
                 Precision::Bf16 => KvDtype::Bf16,
             },
-            tp: self.ranks.len(),
+            tp: self.model.of,
         }
     }
 
+    /// Bytes of a page of this process's ranks.
+    pub(super) fn local_page_bytes(&self) -> usize {
+        self.ranks.iter().map(|rank| rank.kv.page_bytes()).sum()
+    }
+
     /// Copies a page to the host, the ranks' parts one behind the other.
-    pub(super) fn page_out(
-        &mut self,
-        page: PageId,
-        out: &mut Vec<u8>,
-    ) -> Result<(), ExecutorError> {
+    pub(super) fn page_out(&mut self, page: PageId, out: &mut [u8]) -> Result<(), ExecutorError> {
         self.limits.check_page(page)?;
+        check_page_bytes(out, self.local_page_bytes())?;
         let (layout, model) = (self.layout(), self.model.clone());
         let _turn = model.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        out.resize(layout.page_bytes(), 0);
-        let (order, mut rest) = ([layout.page_size, layout.head_dim], &mut out[..]);
+        let (order, mut rest) = ([layout.page_size, layout.head_dim], out);
         for (part, rank) in model.parts.iter().zip(&mut self.ranks) {
             let device = &part.device;
             device.gather_pages(&rank.kv, &[page.0], &mut rank.page).map_err(lost)?;
@@ -85,8 +86,8 @@ impl CudaExecutor {
     /// Overwrites a page from the host.
     pub(super) fn page_in(&mut self, page: PageId, data: &[u8]) -> Result<(), ExecutorError> {
         self.limits.check_page(page)?;
+        check_page_bytes(data, self.local_page_bytes())?;
         let (layout, model) = (self.layout(), self.model.clone());
-        check_page_bytes(data, layout.page_bytes())?;
         let _turn = model.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let (order, mut rest) = ([layout.head_dim, layout.page_size], data);
         for (part, rank) in model.parts.iter().zip(&mut self.ranks) {

@@ -5,7 +5,7 @@ use crate::cuda::{Communicators, UniqueId, capture_on};
 
 /// Two devices, or one where there are no more; none on a machine with a GPU but without NCCL.
 fn devices() -> Vec<Device> {
-    let all: Vec<Device> = (0..2).filter_map(device_at).collect();
+    let all: Vec<Device> = (0..2).filter_map(own_device).collect();
     if on_the_machine() && UniqueId::new().is_err() {
         eprintln!("SKIPPED sums by NCCL: this machine does not have it");
         return Vec::new();
@@ -57,7 +57,7 @@ fn threads_sum_with_each_other() {
             let sums = &sums;
             scope.spawn(move || {
                 let one = std::slice::from_ref(device);
-                let end = Communicators::join(&id, ranks, rank, one).expect("all come");
+                let end = Communicators::join(&id, ranks, rank, one, &|| false).expect("all come");
                 let mut buffer = upload(device, values);
                 for round in 0..20 {
                     end.all_reduce(&mut [&mut buffer], 900).expect("a sum");
@@ -111,4 +111,42 @@ fn two_ranks_on_one_device_are_refused() {
     let Some(device) = devices().into_iter().next() else { return };
     let error = Communicators::new(&[device.clone(), device]).expect_err("NCCL wants one each");
     assert!(error.to_string().starts_with("joining a group of GPUs: NCCL: "), "{error}");
+}
+
+/// What the other ranks never do, somebody else ends.
+#[test]
+fn who_waits_for_a_lost_rank_is_freed_by_an_abort() {
+    let devices = devices();
+    if devices.len() < 2 {
+        return;
+    }
+    let id = UniqueId::of(UniqueId::new().expect("NCCL is there").bytes());
+    let join = |rank| {
+        let one = std::slice::from_ref(&devices[rank]);
+        Communicators::join(&id, 2, rank, one, &|| false).expect("both come")
+    };
+    let (end, lost) = std::thread::scope(|scope| {
+        let lost = scope.spawn(|| join(1));
+        (join(0), lost.join().expect("joins"))
+    });
+    let mut buffer = upload(&devices[0], &[1.0; 8]);
+    end.all_reduce(&mut [&mut buffer], 8).expect("it is begun");
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| devices[0].synchronize());
+        end.abort();
+        waits.join().expect("no panic").expect("the device is well");
+    });
+    let error = end.all_reduce(&mut [&mut buffer], 8).expect_err("it is gone");
+    assert_eq!(error.to_string(), "summing over GPUs: it was given up");
+    drop(lost);
+}
+
+#[test]
+fn who_does_not_come_is_given_up() {
+    let Some(device) = devices().into_iter().next() else { return };
+    let id = UniqueId::new().expect("NCCL is there");
+    let looks = std::cell::Cell::new(0);
+    let given_up = || looks.replace(looks.get() + 1) == 3;
+    let error = Communicators::join(&id, 2, 0, &[device], &given_up).expect_err("nobody comes");
+    assert_eq!(error.to_string(), "joining a group of GPUs: it was given up");
 }

@@ -5,9 +5,9 @@
 
 use headstart_kernels::VocabStats;
 
-use super::probe::Partial;
 use crate::core::pages::PageId;
 use crate::core::sampling::Sampling;
+use crate::executor::partial::Partial;
 use crate::executor::{Limits, Probe, Row, TokenId};
 
 /// Bytes of a plan at most.
