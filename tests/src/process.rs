@@ -43,8 +43,22 @@ impl Process {
     /// If the binary was not built, or the file cannot be made.
     #[must_use]
     pub fn start_logged(name: &str, arguments: &[&str], log: &Path) -> Self {
+        Self::start_logged_env(name, arguments, log, &[])
+    }
+
+    /// As [`Self::start_logged`], with these variables in its environment.
+    ///
+    /// # Panics
+    /// If the binary was not built, or the file cannot be made.
+    #[must_use]
+    pub fn start_logged_env(
+        name: &str,
+        arguments: &[&str],
+        log: &Path,
+        env: &[(&str, &str)],
+    ) -> Self {
         let file = std::fs::File::create(log).expect("a log can be made");
-        Self::start_with(name, arguments, file.into(), &[])
+        Self::start_with(name, arguments, file.into(), env)
     }
 
     fn start_with(name: &str, arguments: &[&str], stderr: Stdio, env: &[(&str, &str)]) -> Self {

@@ -74,55 +74,98 @@ struct On {
     device: &'static str,
     /// Tensor-parallel ranks.
     tp: &'static str,
-    /// GPUs that its machine has.
+    /// Processes that share them.
+    hosts: usize,
+    /// GPUs that each of their machines has.
     gpus: &'static str,
 }
 
-const CPU: On = On { device: "cpu", tp: "1", gpus: "1" };
-const CUDA: On = On { device: "cuda", tp: "1", gpus: "1" };
+const CPU: On = On { device: "cpu", tp: "1", hosts: 1, gpus: "1" };
+const CUDA: On = On { device: "cuda", tp: "1", hosts: 1, gpus: "1" };
 /// Two ranks that share a GPU.
-const TWO_RANKS: On = On { device: "cuda", tp: "2", gpus: "1" };
+const TWO_RANKS: On = On { device: "cuda", tp: "2", hosts: 1, gpus: "1" };
 /// Two ranks that have one each.
-const TWO_GPUS: On = On { device: "cuda", tp: "2", gpus: "2" };
+const TWO_GPUS: On = On { device: "cuda", tp: "2", hosts: 1, gpus: "2" };
+/// Two ranks that have one each, and a process each.
+const TWO_PROCESSES: On = On { device: "cuda", tp: "2", hosts: 2, gpus: "1" };
+
+/// What all nodes of a cluster are told.
+struct Cluster {
+    etcd: EtcdServer,
+    libraries: String,
+    model: String,
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl Cluster {
+    fn new() -> Self {
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        let etcd = runtime.block_on(EtcdServer::start()).expect("etcd-server is installed");
+        let (libraries, model) = (emulated(), fixture("stories260k").display().to_string());
+        Self { etcd, libraries, model, _runtime: runtime }
+    }
+
+    /// The processes of a node, the first of which is the node; each writes to `log` and its number,
+    /// where one is given.
+    fn node(&self, binary: &str, on: On, log: Option<&Path>, more: &[&str]) -> Vec<Process> {
+        let endpoint = self.etcd.endpoint();
+        let process = |host: usize| {
+            let (hosts, host) = (on.hosts.to_string(), host.to_string());
+            let mut arguments = vec!["--model", &self.model, "--name", "m", "--etcd", &endpoint];
+            arguments.extend(["--dtype", "f32", "--threads", "1", "--kv-tokens", "2048"]);
+            arguments.extend(["--device", on.device, "--tp", on.tp]);
+            arguments.extend(["--tp-hosts", &hosts, "--tp-host-rank", &host]);
+            arguments.extend(more);
+            let gpus = ("HEADSTART_EMULATED_GPUS", on.gpus);
+            let env = [("HEADSTART_CUDA_LIBRARIES", &*self.libraries), gpus];
+            match log {
+                Some(log) => {
+                    let log = log.with_extension(&host);
+                    Process::start_logged_env(binary, &arguments, &log, &env)
+                }
+                None => Process::start_env(binary, &arguments, &env),
+            }
+        };
+        (0..on.hosts).map(process).collect()
+    }
+
+    fn router(&self) -> (Process, Client) {
+        let (http, grpc, endpoint) = (free_address(), free_address(), self.etcd.endpoint());
+        let doors = ["--http", &http, "--grpc", &grpc, "--etcd", &endpoint];
+        (Process::start("headstart-router", &doors), Client::new(&http))
+    }
+}
+
+/// A request for a story about somebody.
+fn story(name: &str, max_tokens: usize) -> Value {
+    let content = format!("Once upon a time, there was a little {name} who lived in the woods.");
+    let messages = json!([{"role": "user", "content": content}]);
+    json!({"model": "m", "messages": messages, "max_tokens": max_tokens, "temperature": 0,
+        "return_token_ids": true, "headstart": {"draft_tokens_max": 20}})
+}
+
+/// What comes of it.
+fn answer(client: &Client, body: &Value) -> Value {
+    let answer = client.post("/v1/chat/completions", body);
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    answer.body["choices"][0].clone()
+}
 
 /// The answers of a cluster whose reading and writing bases run on these, and the tokens whose KV moved
 /// between them.
 fn answers(bases: [On; 2]) -> (Vec<Value>, f64) {
-    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    let etcd = runtime.block_on(EtcdServer::start()).expect("etcd-server is installed");
-    let (endpoint, libraries, metrics) = (etcd.endpoint(), emulated(), free_address());
-    let model = fixture("stories260k").display().to_string();
-    let start = |binary: &str, on: On, more: &[&str]| {
-        let mut arguments = vec!["--model", &model, "--name", "m", "--etcd", &endpoint];
-        arguments.extend(["--dtype", "f32", "--threads", "1", "--kv-tokens", "2048"]);
-        arguments.extend(["--device", on.device, "--tp", on.tp]);
-        arguments.extend(more);
-        let gpus = ("HEADSTART_EMULATED_GPUS", on.gpus);
-        Process::start_env(binary, &arguments, &[("HEADSTART_CUDA_LIBRARIES", &libraries), gpus])
-    };
-    let mut parts = [
-        start("headstart-base", bases[0], &["--role", "score"]),
-        start("headstart-base", bases[1], &["--role", "decode", "--metrics", &metrics]),
-        start("headstart-drafter", CPU, &[]),
-    ];
-    let (http, grpc) = (free_address(), free_address());
-    let doors = ["--http", &http, "--grpc", &grpc, "--etcd", &endpoint];
-    let mut router = Process::start("headstart-router", &doors);
-    let client = Client::new(&http);
+    let (cluster, metrics) = (Cluster::new(), free_address());
+    let score = ["--role", "score", "--node-id", "b1"];
+    let decode = ["--role", "decode", "--node-id", "b2", "--metrics", &metrics];
+    let mut parts = cluster.node("headstart-base", bases[0], None, &score);
+    parts.extend(cluster.node("headstart-base", bases[1], None, &decode));
+    parts.extend(cluster.node("headstart-drafter", CPU, None, &[]));
+    let (mut router, client) = cluster.router();
     let mut all: Vec<&mut Process> = parts.iter_mut().collect();
     all.push(&mut router);
     wait_ready(&client, &mut all);
     until("the router knows the writer", || client.bases_up("decode") == Some(1));
-    let ask = |name: &&str| {
-        let content =
-            format!("Once upon a time, there was a little {name} who lived in the woods.");
-        let messages = json!([{"role": "user", "content": content}]);
-        let body = json!({"model": "m", "messages": messages, "max_tokens": 60,
-            "temperature": 0, "return_token_ids": true, "headstart": {"draft_tokens_max": 20}});
-        let answer = client.post("/v1/chat/completions", &body);
-        assert_eq!(answer.status, 200, "{}", answer.body);
-        answer.body["choices"][0].clone()
-    };
+    let ask = |name: &&str| answer(&client, &story(name, 60));
     let answers = ["girl", "bear", "fox"].iter().map(ask).collect();
     let moved = counter(&metrics, "headstart_base_kv_moved_total");
     for process in parts.into_iter().chain([router]) {
@@ -143,11 +186,53 @@ fn kv_moves_between_a_gpu_and_a_cpu_and_answers_stay_the_same() {
         [TWO_RANKS, CPU],
         [CPU, TWO_RANKS],
         [CUDA, TWO_GPUS],
+        [TWO_PROCESSES, CPU],
+        [CUDA, TWO_PROCESSES],
     ] {
         let (found, moved) = answers(bases);
         println!("{bases:?}: {moved} tokens of KV moved");
         assert_eq!(found, expected, "{bases:?}");
         assert!(moved > 0.0, "{bases:?}");
+    }
+}
+
+/// The leader waits for the killed process in a sum on its GPU. It ends with a sentence, and the answer
+/// goes on where there is another base.
+#[test]
+fn a_killed_rank_ends_its_node_and_the_answer_goes_on_elsewhere() {
+    let (cluster, logs) = (Cluster::new(), tempfile::tempdir().expect("a folder"));
+    let (log, metrics) = (logs.path().join("base"), free_address());
+    // So long a silence is none.
+    let more = ["--node-id", "b1", "--metrics", &metrics, "--tp-timeout", "10m"];
+    let mut base = cluster.node("headstart-base", TWO_PROCESSES, Some(&log), &more);
+    let mut others = cluster.node("headstart-drafter", CPU, None, &[]);
+    let (mut router, client) = cluster.router();
+    let mut all: Vec<&mut Process> = base.iter_mut().chain(&mut others).collect();
+    all.push(&mut router);
+    wait_ready(&client, &mut all);
+    let request = story("girl", 200);
+    let expected = answer(&client, &request);
+
+    let follower = base.pop().expect("two processes");
+    let leader = base.pop().expect("two processes");
+    let answered = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| answer(&client, &request));
+        until("the base is at it", || counter(&metrics, "headstart_base_slots_used") >= 1.0);
+        // Now it stands still.
+        follower.signal("STOP");
+        others.extend(cluster.node("headstart-base", CPU, None, &["--node-id", "b2"]));
+        until("the router knows another base", || client.bases_up("unified") == Some(2));
+        follower.signal("KILL");
+        assert_eq!(leader.ended(), Some(1), "the node fails");
+        asked.join().expect("an answer")
+    });
+    assert_eq!(answered, expected);
+    let said = std::fs::read_to_string(log.with_extension("0")).expect("a log");
+    let lost =
+        "error: the engine has stopped: tensor-parallel rank 1 was lost: its process has closed";
+    assert!(said.contains(lost), "{said}");
+    for process in others.into_iter().chain([router]) {
+        assert_eq!(process.terminate(), Some(0), "everything else stops cleanly");
     }
 }
 
@@ -175,5 +260,15 @@ fn ranks_that_cannot_be_are_refused_in_a_sentence() {
         assert_eq!(code, Some(1), "{said}: {error}");
         assert_eq!(error.matches(said).count(), 1, "{said}: {error}");
         assert!(!error.contains("panicked"), "{error}");
+    }
+    let few =
+        "--tp: 2 of the 4 ranks are this process's, with a GPU for each: expected 2 GPUs, found 1";
+    for (libraries, tp, said) in [(&all, "4", few), (&some, "2", nccl)] {
+        let ranks = ["--tp", tp, "--tp-hosts", "2", "--tp-host-rank", "1"];
+        let more = ["--model", &model, "--device", "cuda", "--tp-leader", "127.0.0.1:1"];
+        let env = [("HEADSTART_CUDA_LIBRARIES", &**libraries), ("HEADSTART_EMULATED_GPUS", "1")];
+        let (code, _, error) = run_env("headstart-base", &[&ranks[..], &more].concat(), &env);
+        assert_eq!(code, Some(1), "{said}: {error}");
+        assert_eq!(error.matches(said).count(), 1, "{said}: {error}");
     }
 }
