@@ -167,7 +167,7 @@ pub struct ModelOptions {
 /// the same model, `--tp` and `--tp-hosts`.
 #[derive(Clone, Debug, Args)]
 pub struct TpHostOptions {
-    /// Processes that share the tensor-parallel ranks evenly, on CPUs
+    /// Processes that share the tensor-parallel ranks evenly, all on CPUs or all on GPUs, where each rank has one of its process's
     #[arg(long, env = "HEADSTART_TP_HOSTS", value_name = "N", default_value = "1", visible_alias = "nnodes", value_parser = count(64))]
     pub tp_hosts: usize,
     /// This process among them; 0 leads and is the node, the others only compute for it
