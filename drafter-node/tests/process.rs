@@ -10,6 +10,9 @@ use headstart_cluster::{Etcd, Membership, NodeRecord, Tier};
 use headstart_proto::v1::node_client::NodeClient;
 use headstart_proto::v1::{InfoRequest, NodeRole};
 use headstart_service::channel;
+use headstart_service::channel::KeepAlive;
+use headstart_service::link::Link;
+use headstart_service::net::Dialer;
 use headstart_service::text_client::fetch_model_text;
 
 /// Far beyond anything a test waits for.
@@ -151,9 +154,11 @@ async fn a_drafter_registers_serves_and_leaves_when_told() {
     assert_eq!((record.node_id.as_str(), record.tier), ("d-1", Tier::Drafter));
     assert_eq!((record.model.as_str(), record.slots, record.context_length), ("stories", 3, 256));
     let channel = channel::connect(&record.address, PATIENCE).await.unwrap();
-    let info = NodeClient::new(channel.clone()).info(InfoRequest {}).await.unwrap().into_inner();
+    let info = NodeClient::new(channel).info(InfoRequest {}).await.unwrap().into_inner();
     assert_eq!((info.role(), info.dtype.as_str()), (NodeRole::Drafter, "f32"));
-    let text = fetch_model_text(channel, &record.text_fingerprint, PATIENCE).await.unwrap();
+    let link =
+        Link::new(&Dialer::default(), &record.address, PATIENCE, KeepAlive::CLUSTER).unwrap();
+    let text = fetch_model_text(link, &record.text_fingerprint, PATIENCE).await.unwrap();
     assert_eq!(text.tokenizer().fingerprint().to_string(), record.tokenizer_fingerprint);
 
     process.signal("TERM");

@@ -134,8 +134,7 @@ impl Attempt {
         let logprobs = request.top_logprobs.is_some();
         let policy = request.draft.as_ref();
         let gate = FrameGate::new(request_id, epoch, request.max_tokens, policy, logprobs);
-        let mut client =
-            BaseClient::new(place.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let mut client = BaseClient::new(place.link()).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let opening = async move { client.serve(request).await };
         Self {
             gate: gate.behind(progress.tokens(), progress.settled()),
@@ -291,7 +290,7 @@ impl Draft {
         let (request_id, epoch) = (request.request_id.clone(), request.epoch);
         let draft_tokens_max = request.draft_tokens_max;
         let mut client =
-            DrafterClient::new(place.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+            DrafterClient::new(place.link()).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let frames = Frames::Opening(Box::pin(async move { client.draft(request).await }));
         Self { node_id, place, request_id, epoch, draft_tokens_max, frames }
     }

@@ -40,9 +40,24 @@ pub struct RouterConfig {
     /// The cluster's name: nodes and routers of the same name find each other
     #[arg(long, env = "HEADSTART_CLUSTER", value_name = "NAME", default_value = "default")]
     pub cluster: String,
+    /// Threads that carry HTTP requests, each with connections of its own to every node [default: one a
+    /// core, at most 8]
+    #[arg(long, env = "HEADSTART_HTTP_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub http_threads: Option<u32>,
     /// What the router does.
     #[command(flatten)]
     pub router: RouterFlags,
+}
+
+impl RouterConfig {
+    /// The router's options, checked.
+    ///
+    /// # Errors
+    /// A value out of its range, named.
+    pub fn options(&self) -> Result<RouterOptions, ConfigError> {
+        let http_threads = self.http_threads.unwrap_or_else(RouterOptions::http_threads_of_cores);
+        Ok(RouterOptions { http_threads, ..self.router.options()? })
+    }
 }
 
 /// The options of the router itself, for every command that runs one.
@@ -253,12 +268,14 @@ mod tests {
 
     fn parse(args: &[&str]) -> Result<RouterOptions, ConfigError> {
         let args = std::iter::once("headstart-router").chain(args.iter().copied());
-        parse_from::<RouterConfig>(args)?.router.options()
+        parse_from::<RouterConfig>(args)?.options()
     }
 
     #[test]
-    fn the_command_lines_defaults_are_the_librarys() {
-        assert_eq!(parse(&[]).unwrap(), RouterOptions::default());
+    fn the_command_lines_defaults_are_the_librarys_but_for_the_threads() {
+        let http_threads = RouterOptions::http_threads_of_cores();
+        let expected = RouterOptions { http_threads, ..RouterOptions::default() };
+        assert_eq!(parse(&[]).unwrap(), expected);
     }
 
     #[test]
@@ -267,6 +284,7 @@ mod tests {
         let options = options.unwrap();
         assert_eq!(options.on_no_drafter, OnNoDrafter::BaseOnly);
         assert_eq!((options.encoding, options.window), (Encoding::Text, 3));
+        assert_eq!(parse(&["--http-threads=3"]).unwrap().http_threads, 3);
         for (field, flag) in [
             ("--window", "--window=0"),
             ("--threshold", "--threshold=1.5"),
@@ -277,6 +295,7 @@ mod tests {
             ("--queue-timeout", "--queue-timeout=0"),
             ("--queue-tokens-max", "--queue-tokens-max=0"),
             ("--api-keys", "--api-keys=/nowhere/keys"),
+            ("--http-threads", "--http-threads=0"),
         ] {
             let message = parse(&[flag]).expect_err(flag).to_string();
             assert!(message.contains(field), "{flag}: {message}");

@@ -270,7 +270,7 @@ impl<'a> Course<'a> {
         let bases = core.nodes.snapshot(&view).bases;
         let writer = route::writer_for(&bases, &self.base, &self.avoid)?.clone();
         if !self.base.kv_address.is_empty()
-            && let Ok(channel) = core.nodes.channel(&writer)
+            && let Ok(link) = core.nodes.link(&writer)
         {
             let request = v1::PrefetchRequest {
                 request_id: self.request_id.to_string(),
@@ -282,7 +282,7 @@ impl<'a> Course<'a> {
                 }),
             };
             let following = tokio::spawn(async move {
-                if let Err(error) = BaseClient::new(channel).prefetch(request).await {
+                if let Err(error) = BaseClient::new(link).prefetch(request).await {
                     tracing::debug!(%error, "a base does not prefetch");
                 }
             });

@@ -169,12 +169,7 @@ impl Core {
             admission: Admission::new(&options, metrics.clone()),
             callers: Callers::new(options.api_keys.clone()),
             metrics,
-            nodes: Nodes::new(
-                options.dialer.clone(),
-                options.connect_timeout,
-                options.keep_alive,
-                Arc::clone(&chance),
-            ),
+            nodes: Nodes::new(&options, Arc::clone(&chance)),
             chance,
             budget: Budget::default(),
             started: Instant::now(),

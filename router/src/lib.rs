@@ -20,6 +20,7 @@ mod course;
 mod frames;
 mod generate;
 mod http;
+mod lanes;
 mod metrics;
 mod nodes;
 mod openai;

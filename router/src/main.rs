@@ -15,7 +15,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let config: RouterConfig = config::parse();
-    let options = config.router.options().unwrap_or_else(|error| error.exit());
+    let options = config.options().unwrap_or_else(|error| error.exit());
     telemetry::init(config.common.log_format);
     run_main(async move {
         let fail = |error: &dyn std::fmt::Display| error.to_string();

@@ -1,4 +1,4 @@
-//! The nodes this router knows: a channel to each, what runs on it, whether it is believed to be well.
+//! The nodes this router knows: a link to each, what runs on it, whether it is believed to be well.
 //! A node that is not is probed in the background until it answers.
 
 use std::collections::HashMap;
@@ -10,13 +10,15 @@ use headstart_cluster::{NodeRecord, Tier, View};
 use headstart_proto::v1::InfoRequest;
 use headstart_proto::v1::node_client::NodeClient;
 use headstart_proto::{Error, ErrorCode, NodeId};
-use headstart_service::channel::{self, KeepAlive};
+use headstart_service::channel::KeepAlive;
+use headstart_service::link::Link;
 use headstart_service::net::Dialer;
 use tokio::sync::Notify;
 use tokio::time::Instant;
-use tonic::transport::Channel;
 
 use crate::chance::Chance;
+use crate::lanes;
+use crate::options::RouterOptions;
 use crate::route::{Candidate, Snapshot};
 use crate::suspicion::Health;
 
@@ -29,7 +31,8 @@ struct Node {
     id: NodeId,
     address: String,
     incarnation: u64,
-    channel: Channel,
+    /// A way to it for each lane, and one for everybody else.
+    links: Box<[Link]>,
     in_flight: AtomicU32,
     belief: Mutex<Belief>,
     /// Told when a suspicion begins or ends.
@@ -45,6 +48,12 @@ struct Belief {
 }
 
 impl Node {
+    /// The way to it from this thread's lane.
+    fn link(&self) -> Link {
+        let lane = lanes::current();
+        self.links.get(lane).unwrap_or(&self.links[0]).clone()
+    }
+
     fn belief(&self) -> MutexGuard<'_, Belief> {
         self.belief.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -92,13 +101,13 @@ impl Node {
 /// Probes a suspected node until it is well or forgotten.
 async fn probe(node: Weak<Node>) {
     loop {
-        let Some((at, channel)) =
-            node.upgrade().and_then(|node| Some((node.next_probe()?, node.channel.clone())))
+        let Some((at, link)) =
+            node.upgrade().and_then(|node| Some((node.next_probe()?, node.link())))
         else {
             return;
         };
         tokio::time::sleep_until(at).await;
-        let call = async move { NodeClient::new(channel).info(InfoRequest {}).await };
+        let call = async move { NodeClient::new(link).info(InfoRequest {}).await };
         let answer = tokio::time::timeout(PROBE_TIMEOUT, call).await;
         let Some(node) = node.upgrade() else { return };
         // Another process may have got the address.
@@ -116,9 +125,9 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// The way to the node.
-    pub(crate) fn channel(&self) -> Channel {
-        self.node.channel.clone()
+    /// The way to the node from this thread.
+    pub(crate) fn link(&self) -> Link {
+        self.node.link()
     }
 
     /// What became of a call to the node: `None` is success. A broken connection takes the node out
@@ -140,22 +149,24 @@ pub(crate) struct Nodes {
     dialer: Dialer,
     connect_timeout: Duration,
     keep_alive: KeepAlive,
+    lanes: usize,
     changed: Arc<Notify>,
     chance: Arc<Chance>,
     known: Mutex<HashMap<NodeId, Arc<Node>>>,
 }
 
 impl Nodes {
-    /// No nodes yet; they are reached by `dialer`, a connection must stand within
-    /// `connect_timeout`, and is given up as `keep_alive` says.
-    pub(crate) fn new(
-        dialer: Dialer,
-        connect_timeout: Duration,
-        keep_alive: KeepAlive,
-        chance: Arc<Chance>,
-    ) -> Self {
-        let (changed, known) = (Arc::default(), Mutex::default());
-        Self { dialer, connect_timeout, keep_alive, changed, chance, known }
+    /// No nodes yet; they are reached as `options` say.
+    pub(crate) fn new(options: &RouterOptions, chance: Arc<Chance>) -> Self {
+        Self {
+            dialer: options.dialer.clone(),
+            connect_timeout: options.connect_timeout,
+            keep_alive: options.keep_alive,
+            lanes: options.http_threads as usize,
+            changed: Arc::default(),
+            chance,
+            known: Mutex::default(),
+        }
     }
 
     /// Waits until a suspicion has begun or ended.
@@ -167,7 +178,7 @@ impl Nodes {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forgets what is no longer in `view`. Answers that run on a forgotten node keep its channel.
+    /// Forgets what is no longer in `view`. Answers that run on a forgotten node keep its link.
     pub(crate) fn retain(&self, view: &View) {
         self.lock().retain(|id, node| {
             view.nodes.get(id).is_some_and(|record| {
@@ -208,12 +219,12 @@ impl Nodes {
         Ok(Place { node })
     }
 
-    /// The channel to `record`'s node.
+    /// The way to `record`'s node from this thread.
     ///
     /// # Errors
     /// When the node's address is malformed.
-    pub(crate) fn channel(&self, record: &NodeRecord) -> Result<Channel, Error> {
-        Ok(self.node(record)?.channel.clone())
+    pub(crate) fn link(&self, record: &NodeRecord) -> Result<Link, Error> {
+        Ok(self.node(record)?.link())
     }
 
     fn node(&self, record: &NodeRecord) -> Result<Arc<Node>, Error> {
@@ -224,16 +235,13 @@ impl Nodes {
         {
             return Ok(Arc::clone(node));
         }
+        let (timeout, keep_alive) = (self.connect_timeout, self.keep_alive);
+        let link = || Link::new(&self.dialer, &record.address, timeout, keep_alive);
         let node = Arc::new(Node {
             id: record.node_id.clone(),
             address: record.address.clone(),
             incarnation: record.incarnation,
-            channel: channel::lazy(
-                &self.dialer,
-                &record.address,
-                self.connect_timeout,
-                self.keep_alive,
-            )?,
+            links: (0..=self.lanes).map(|_| link()).collect::<Result<_, _>>()?,
             in_flight: AtomicU32::new(0),
             belief: Mutex::default(),
             changed: Arc::clone(&self.changed),
@@ -255,8 +263,9 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     fn nodes() -> Nodes {
-        let chance = Arc::new(Chance::new(None));
-        Nodes::new(Dialer::default(), Duration::from_secs(1), KeepAlive::CLUSTER, chance)
+        let connect_timeout = Duration::from_secs(1);
+        let options = RouterOptions { connect_timeout, ..RouterOptions::default() };
+        Nodes::new(&options, Arc::new(Chance::new(None)))
     }
 
     fn record(address: &str) -> NodeRecord {

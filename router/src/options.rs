@@ -119,6 +119,9 @@ pub struct RouterOptions {
     pub api_keys: Option<Arc<ApiKeys>>,
     /// HTTP connections open at once; more wait in the listener's backlog.
     pub connections_max: u32,
+    /// Threads that carry HTTP requests, each with connections of its own to every node. 0: requests
+    /// run on the runtime that the router is started on, and so do all where connections are not TCP's.
+    pub http_threads: u32,
     /// Longest request body, in bytes.
     pub body_bytes_max: usize,
     /// Tokenizer bundles kept.
@@ -165,6 +168,7 @@ impl Default for RouterOptions {
             write_timeout: Duration::from_secs(60),
             api_keys: None,
             connections_max: 8192,
+            http_threads: 0,
             body_bytes_max: 4 << 20,
             texts_max: 32,
             connect_timeout: Duration::from_secs(3),
@@ -181,7 +185,18 @@ impl Default for RouterOptions {
     }
 }
 
+/// Threads that carry HTTP requests where nobody says how many, at most: each has a connection to every
+/// node, and one carries thousands of streams a second.
+const HTTP_THREADS_DEFAULT_MAX: u32 = 8;
+
 impl RouterOptions {
+    /// How many threads carry HTTP requests in a router that has the machine for itself.
+    #[must_use]
+    pub fn http_threads_of_cores() -> u32 {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        u32::try_from(cores).unwrap_or(u32::MAX).min(HTTP_THREADS_DEFAULT_MAX)
+    }
+
     /// Checks every value.
     ///
     /// # Errors
@@ -198,6 +213,7 @@ impl RouterOptions {
         integer("queue_tokens_max", self.queue_tokens_max, 1, 1 << 40)?;
         integer("reader_bytes_max", self.reader_bytes_max as u64, 4096, 1 << 30)?;
         integer("connections_max", self.connections_max.into(), 1, 1 << 20)?;
+        integer("http_threads", self.http_threads.into(), 0, 256)?;
         integer("body_bytes_max", self.body_bytes_max as u64, 1024, 1 << 30)?;
         integer("texts_max", self.texts_max as u64, 2, 4096)?;
         let timeouts = [

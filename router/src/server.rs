@@ -8,19 +8,20 @@ use std::time::Duration;
 
 use axum::serve::Listener;
 use futures::StreamExt;
+use futures::future::{join_all, select_all};
 use futures::stream::BoxStream;
 use headstart_cluster::Membership;
 use headstart_proto::v1::router_server::RouterServer;
 use headstart_service::net;
 use headstart_service::server::{GrpcServer, MESSAGE_BYTES_MAX, RunningServer, ServeError};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::generate::Core;
 use crate::http;
+use crate::lanes::{Door, Lanes, Part};
 use crate::options::RouterOptions;
 use crate::service::RouterService;
 
@@ -119,17 +120,24 @@ async fn run(
     // axum waits for it in a task of its own, also when this future is dropped.
     let _stopped = stop_accepting.clone().drop_guard();
     let options = &core.options;
-    let listener =
-        BoundedListener::new(http, options.connections_max as usize, options.write_timeout);
-    let stopped = stop_accepting.clone();
-    let serving = axum::serve(listener, http::router(Arc::clone(&core)))
-        .with_graceful_shutdown(async move { stopped.cancelled().await });
-    let mut serving = AbortOnDropHandle::new(tokio::spawn(async move { serving.await }));
+    let failed = |error: std::io::Error| ServeError::Failed { cause: format!("HTTP: {error}") };
+    let lanes = Lanes::start(options.http_threads as usize).map_err(failed)?;
+    let Door { parts, accepting } = lanes.divide(http, options.connections_max as usize);
+    let serve = |part: Part| {
+        let listener = TimedListener::new(part.listener, options.write_timeout);
+        let (door, stopped) = (http::router(Arc::clone(&core)), stop_accepting.clone());
+        let serving = axum::serve(listener, door)
+            .with_graceful_shutdown(async move { stopped.cancelled().await });
+        AbortOnDropHandle::new(part.runtime.spawn(async move { serving.await }))
+    };
+    let mut serving: Vec<_> = parts.into_iter().map(serve).collect();
     let failure = tokio::select! {
         biased;
         () = shutdown.cancelled() => None,
         error = grpc.failed() => Some(error),
-        ended = &mut serving => Some(ServeError::Failed { cause: format!("HTTP: {ended:?}") }),
+        (ended, ..) = select_all(&mut serving) => {
+            Some(ServeError::Failed { cause: format!("HTTP: {ended:?}") })
+        }
     };
     core.drain();
     if let Some(error) = failure {
@@ -139,6 +147,7 @@ async fn run(
     tracing::info!(answers = core.tasks.len(), "stopping: live requests may finish");
     grpc.set_not_serving().await;
     stop_accepting.cancel();
+    drop(accepting);
     core.tasks.close();
     if tokio::time::timeout(core.options.drain_timeout, core.tasks.wait()).await.is_err() {
         tracing::warn!(requests = core.tasks.len(), "cutting requests that did not finish in time");
@@ -146,33 +155,30 @@ async fn run(
     core.cut.cancel();
     core.tasks.wait().await;
     // What the last requests left in their connections' buffers still goes out.
-    let (_, ()) = tokio::join!(tokio::time::timeout(CLOSE_GRACE, serving), grpc.stop());
+    let (_, ()) = tokio::join!(tokio::time::timeout(CLOSE_GRACE, join_all(serving)), grpc.stop());
     drop(membership);
     Ok(())
 }
 
-/// Accepts connections, up to a number at once; more wait in the backlog.
-struct BoundedListener {
+/// Connections that break when their client takes nothing for too long.
+struct TimedListener {
     address: SocketAddr,
     incoming: BoxStream<'static, std::io::Result<Box<dyn net::Io>>>,
-    places: Arc<Semaphore>,
     write_timeout: Duration,
 }
 
-impl BoundedListener {
-    fn new(listener: net::Listener, connections_max: usize, write_timeout: Duration) -> Self {
+impl TimedListener {
+    fn new(listener: net::Listener, write_timeout: Duration) -> Self {
         let (address, incoming) = (listener.local_addr(), listener.into_incoming());
-        let places = Arc::new(Semaphore::new(connections_max));
-        Self { address, incoming, places, write_timeout }
+        Self { address, incoming, write_timeout }
     }
 }
 
-impl Listener for BoundedListener {
+impl Listener for TimedListener {
     type Io = Connection;
     type Addr = SocketAddr;
 
     async fn accept(&mut self) -> (Connection, SocketAddr) {
-        let place = Arc::clone(&self.places).acquire_owned().await.ok();
         let stream = loop {
             match self.incoming.next().await {
                 Some(Ok(stream)) => break stream,
@@ -181,8 +187,7 @@ impl Listener for BoundedListener {
                 None => std::future::pending().await,
             }
         };
-        let (write_timeout, stalled) = (self.write_timeout, None);
-        (Connection { stream, write_timeout, stalled, _place: place }, self.address)
+        (Connection { stream, write_timeout: self.write_timeout, stalled: None }, self.address)
     }
 
     fn local_addr(&self) -> std::io::Result<SocketAddr> {
@@ -190,13 +195,12 @@ impl Listener for BoundedListener {
     }
 }
 
-/// A connection that holds its place. It breaks when its client takes nothing for too long.
+/// A connection that breaks when its client takes nothing for too long.
 struct Connection {
     stream: Box<dyn net::Io>,
     write_timeout: Duration,
     /// When a write that waits is given up.
     stalled: Option<Pin<Box<Sleep>>>,
-    _place: Option<OwnedSemaphorePermit>,
 }
 
 impl Connection {
@@ -268,9 +272,9 @@ mod tests {
     async fn a_client_that_takes_nothing_loses_its_connection() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let mut bounded = BoundedListener::new(listener.into(), 1, Duration::from_millis(50));
+        let mut timed = TimedListener::new(listener.into(), Duration::from_millis(50));
         let _silent = TcpStream::connect(address).await.unwrap();
-        let (mut connection, _) = Listener::accept(&mut bounded).await;
+        let (mut connection, _) = Listener::accept(&mut timed).await;
         // More than the sockets' buffers take.
         let piece = vec![0; 1 << 20];
         let error = loop {

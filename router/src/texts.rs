@@ -77,8 +77,7 @@ impl Texts {
         });
         let mut last = None;
         for node in std::iter::once(record).chain(others.take(2)) {
-            let channel = nodes.channel(node)?;
-            match fetch_model_text(channel, fingerprint, self.fetch_timeout).await {
+            match fetch_model_text(nodes.link(node)?, fingerprint, self.fetch_timeout).await {
                 Ok(text) => return Ok(Arc::new(text)),
                 Err(error) => last = Some((node, error)),
             }

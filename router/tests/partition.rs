@@ -17,7 +17,9 @@ const GOOD: [Step; 4] =
 async fn cluster() -> Cluster {
     let keep_alive =
         KeepAlive { interval: Duration::from_millis(100), timeout: Duration::from_millis(400) };
-    Cluster::with_lines(RouterOptions { keep_alive, ..RouterOptions::default() }).await
+    // There is no other node to go on at.
+    let resume_timeout = Duration::from_secs(2);
+    Cluster::with_lines(RouterOptions { keep_alive, resume_timeout, ..Default::default() }).await
 }
 
 /// Starts a stream, silences a line, and gives the stream's last event.

@@ -3,6 +3,7 @@
 
 pub mod channel;
 pub mod config;
+pub mod link;
 pub mod metrics;
 pub mod net;
 pub mod node;

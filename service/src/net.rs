@@ -69,7 +69,12 @@ impl PartialEq for Dialer {
 /// Where a server takes connections from: a TCP listener, or another network's.
 pub struct Listener {
     address: SocketAddr,
-    incoming: BoxStream<'static, io::Result<Box<dyn Io>>>,
+    source: Source,
+}
+
+enum Source {
+    Tcp(TcpListener),
+    Other(BoxStream<'static, io::Result<Box<dyn Io>>>),
 }
 
 impl Listener {
@@ -78,7 +83,7 @@ impl Listener {
     where
         S: Stream<Item = io::Result<Box<dyn Io>>> + Send + 'static,
     {
-        Self { address, incoming: incoming.boxed() }
+        Self { address, source: Source::Other(incoming.boxed()) }
     }
 
     /// Its own address.
@@ -86,21 +91,35 @@ impl Listener {
         self.address
     }
 
-    /// Connections as they come. An error concerns the connection that it stands for.
+    /// The TCP listener that this is.
+    ///
+    /// # Errors
+    /// The listener itself, when it is another network's.
+    pub fn into_tcp(self) -> Result<TcpListener, Self> {
+        match self.source {
+            Source::Tcp(listener) => Ok(listener),
+            source @ Source::Other(_) => Err(Self { source, ..self }),
+        }
+    }
+
+    /// Connections as they come; TCP's get `TCP_NODELAY`. An error concerns the connection that it
+    /// stands for.
     pub fn into_incoming(self) -> BoxStream<'static, io::Result<Box<dyn Io>>> {
-        self.incoming
+        match self.source {
+            Source::Tcp(listener) => TcpIncoming::from(listener)
+                .with_nodelay(Some(true))
+                .map(|stream| stream.map(|stream| Box::new(stream) as Box<dyn Io>))
+                .boxed(),
+            Source::Other(incoming) => incoming,
+        }
     }
 }
 
 impl From<TcpListener> for Listener {
-    /// A TCP listener, whose connections get `TCP_NODELAY`.
     fn from(listener: TcpListener) -> Self {
         // A listener that is bound has an address.
         let address = listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0; 4], 0)));
-        let incoming = TcpIncoming::from(listener)
-            .with_nodelay(Some(true))
-            .map(|stream| stream.map(|stream| Box::new(stream) as Box<dyn Io>));
-        Self::of(incoming, address)
+        Self { address, source: Source::Tcp(listener) }
     }
 }
 

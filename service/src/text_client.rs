@@ -5,7 +5,8 @@ use std::time::Duration;
 use headstart_proto::v1::{GetTokenizerRequest, node_client::NodeClient};
 use headstart_proto::{Error, ErrorCode};
 use headstart_text::{BUNDLE_BYTES_MAX, ModelText};
-use tonic::transport::Channel;
+
+use crate::link::Link;
 
 /// Bundles larger than this are read off the threads that carry tokens.
 const INLINE_BYTES_MAX: usize = 32 << 10;
@@ -17,12 +18,12 @@ const INLINE_BYTES_MAX: usize = 32 << 10;
 /// [`BUNDLE_BYTES_MAX`], [`ErrorCode::Mismatch`] when what came is not what was asked for or cannot
 /// be read, [`ErrorCode::DeadlineExceeded`] after `timeout`, and the node's own errors.
 pub async fn fetch_model_text(
-    channel: Channel,
+    node: Link,
     fingerprint: &str,
     timeout: Duration,
 ) -> Result<ModelText, Error> {
     let fetching = async {
-        let bundle = fetch_bundle(channel, fingerprint).await?;
+        let bundle = fetch_bundle(node, fingerprint).await?;
         let inline = bundle.len() <= INLINE_BYTES_MAX;
         let read = move || ModelText::from_bundle(&bundle);
         let text = if inline {
@@ -45,9 +46,9 @@ pub async fn fetch_model_text(
     })
 }
 
-async fn fetch_bundle(channel: Channel, fingerprint: &str) -> Result<Vec<u8>, Error> {
+async fn fetch_bundle(node: Link, fingerprint: &str) -> Result<Vec<u8>, Error> {
     let request = GetTokenizerRequest { text_fingerprint: fingerprint.to_owned() };
-    let mut chunks = NodeClient::new(channel).get_tokenizer(request).await?.into_inner();
+    let mut chunks = NodeClient::new(node).get_tokenizer(request).await?.into_inner();
     let mut bundle = Vec::new();
     while let Some(chunk) = chunks.message().await? {
         if bundle.len() + chunk.data.len() > BUNDLE_BYTES_MAX {

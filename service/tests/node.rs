@@ -19,6 +19,7 @@ use headstart_proto::v1::{
 };
 use headstart_proto::{Error, ErrorCode};
 use headstart_service::channel::KeepAlive;
+use headstart_service::link::Link;
 use headstart_service::net::Dialer;
 use headstart_service::node::{Lifetimes, NodeError, NodeParts, RunningNode};
 use headstart_service::node_service::{NodeService, NodeStatus};
@@ -45,6 +46,10 @@ fn text() -> ModelText {
 
 async fn listen() -> TcpListener {
     bind("listen", "127.0.0.1:0".parse().unwrap()).await.unwrap()
+}
+
+fn link(address: &str) -> Link {
+    Link::new(&Dialer::default(), address, PATIENCE, KeepAlive::CLUSTER).unwrap()
 }
 
 fn record(address: SocketAddr, text: &ModelText) -> NodeRecord {
@@ -212,11 +217,12 @@ async fn the_reflection_service_lists_every_service() {
 async fn a_text_bundle_arrives_whole_or_not_at_all() {
     let node = start(PATIENCE).await;
     let expected = node.node.record().text_fingerprint.clone();
-    let fetched = fetch_model_text(node.channel.clone(), &expected, PATIENCE).await.unwrap();
+    let link = link(&node.node.record().address);
+    let fetched = fetch_model_text(link.clone(), &expected, PATIENCE).await.unwrap();
     assert_eq!(fetched.fingerprint(), text().fingerprint());
     assert_eq!(fetched.tokenizer().to_json(), text().tokenizer().to_json());
     let other = "0".repeat(64);
-    let error = fetch_model_text(node.channel.clone(), &other, PATIENCE).await.unwrap_err();
+    let error = fetch_model_text(link, &other, PATIENCE).await.unwrap_err();
     assert_eq!(error.code, ErrorCode::NotFound);
     assert_eq!(error.field.as_deref(), Some("text_fingerprint"));
     assert!(error.message.contains(&expected) && error.message.contains(&other), "{error}");
@@ -265,8 +271,7 @@ async fn a_lying_node_is_not_believed() {
         let address = listener.local_addr().unwrap().to_string();
         let server = GrpcServer::new().unwrap().add(NodeServer::new(Liar(chunks)));
         let _server = server.start(listener).await;
-        let channel = channel::connect(&address, PATIENCE).await.unwrap();
-        let error = fetch_model_text(channel, &asked, PATIENCE).await.unwrap_err();
+        let error = fetch_model_text(link(&address), &asked, PATIENCE).await.unwrap_err();
         assert_eq!(error.code, expected, "{error}");
     }
 }

@@ -323,6 +323,8 @@ pub async fn router(
     let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let membership: Arc<dyn Membership> = Arc::new(membership.clone());
+    // As `headstart-router` does, over HTTP on threads of its own.
+    let options = RouterOptions { http_threads: 2, ..options };
     start(options, membership, http, grpc, shutdown.clone()).await.unwrap()
 }
 

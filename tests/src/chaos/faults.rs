@@ -21,6 +21,9 @@ const SUPERVISED_EVERY: Duration = Duration::from_millis(500);
 const AWAY: Duration = Duration::from_secs(LEASE.as_secs() + 5);
 /// Of so many pauses, one is longer than a connection's ping and its answer may take.
 const LONG_PAUSE_ONE_OF: usize = 4;
+/// When no fault is possible, because those under way hold all that could suffer one, this is tried
+/// again.
+const SOON: Duration = Duration::from_millis(250);
 const LONG_PAUSE: Duration = Duration::from_secs(24);
 
 /// What can happen.
@@ -143,17 +146,16 @@ impl Faults {
         let mut next = Instant::now();
         while next < until {
             sleep_until(next.into()).await;
-            self.strike();
-            next += every;
+            next += if self.strike() { every } else { SOON.min(every) };
         }
         while self.running.join_next().await.is_some() {}
     }
 
-    /// Starts one fault that is possible now.
-    fn strike(&mut self) {
+    /// Starts one fault that is possible now. Returns whether there was one.
+    fn strike(&mut self) -> bool {
         const ATTEMPTS: usize = 64;
         for _ in 0..ATTEMPTS {
-            let Some(&fault) = self.draw.of(&Fault::DRAWN) else { return };
+            let Some(&fault) = self.draw.of(&Fault::DRAWN) else { return false };
             let targets = self.targets(fault);
             if fault.possible(&self.fleet).is_err() || targets.is_empty() {
                 continue;
@@ -174,8 +176,9 @@ impl Faults {
                 drop(hold);
                 report.fault_over(event, result.err().map(|error| error.to_string()));
             });
-            return;
+            return true;
         }
+        false
     }
 
     /// Whom it strikes, as indices of the fleet's parts.

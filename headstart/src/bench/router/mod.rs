@@ -81,6 +81,10 @@ pub struct RouterArgs {
     /// How long a router's streams run in a round, in milliseconds
     #[arg(long, value_name = "MS", default_value_t = 2000)]
     round_ms: u64,
+    /// Threads of our router that carry HTTP requests; 0: its runtime does [default: as
+    /// headstart-router has]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=256))]
+    http_threads: Option<u32>,
     /// Write everything that was measured to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -204,7 +208,8 @@ impl Field {
             Apart::start(async move { FakeNodes::start(&text, &script).await }).await?
         };
         let membership: Arc<dyn Membership> = nodes.value.membership.clone();
-        let router = Apart::start(start_router(membership, args.concurrency)).await?;
+        let router =
+            Apart::start(start_router(membership, args.concurrency, args.http_threads)).await?;
         let calls = calls(&nodes.value, text).await?;
         let answer = stub::Script::new(&texts[..args.tokens], &texts[..UNARY_TOKENS]);
         let stub = Apart::start(async move {
@@ -265,13 +270,15 @@ impl Field {
 async fn start_router(
     membership: Arc<dyn Membership>,
     concurrency: usize,
+    http_threads: Option<u32>,
 ) -> Result<RunningRouter, Failure> {
     let http = TcpListener::bind("127.0.0.1:0").await.map_err(failed)?;
     let grpc = TcpListener::bind("127.0.0.1:0").await.map_err(failed)?;
     let in_flight_max = u32::try_from(concurrency).unwrap_or(u32::MAX);
     let defaults = RouterOptions::default();
     let in_flight_max = defaults.in_flight_max.max(in_flight_max);
-    let options = RouterOptions { in_flight_max, ..defaults };
+    let http_threads = http_threads.unwrap_or_else(RouterOptions::http_threads_of_cores);
+    let options = RouterOptions { in_flight_max, http_threads, ..defaults };
     headstart_service::metrics::install();
     let shutdown = CancellationToken::new();
     let router = headstart_router::start(options, membership, http, grpc, shutdown);
