@@ -4,21 +4,20 @@
 
 use std::cell::Cell;
 use std::io;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::StreamExt;
 use headstart_service::net::{Io, Listener};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, Handle};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
+
+use crate::connection::{Connection, Seat};
 
 /// Accepted connections that a lane has not taken over yet.
 const HANDED_MAX: usize = 64;
@@ -76,22 +75,29 @@ impl Lanes {
     }
 
     /// Divides what comes to `listener` among the lanes, each connection to the lane that has the
-    /// fewest. At most `connections_max` are open at once; more wait in the backlog. Without lanes, or
-    /// where connections are not TCP's, all are served on the caller's runtime.
-    pub(crate) fn divide(&self, listener: Listener, connections_max: usize) -> Door {
+    /// fewest. At most `connections_max` are open at once; more wait in the backlog. Each may take
+    /// nothing for `write_timeout`. Without lanes, or where connections are not TCP's, all are served on
+    /// the caller's runtime.
+    pub(crate) fn divide(
+        &self,
+        listener: Listener,
+        connections_max: usize,
+        write_timeout: Duration,
+    ) -> Door {
         let places = Arc::new(Semaphore::new(connections_max));
         let address = listener.local_addr();
         if self.lanes.is_empty() {
-            return Door::whole(bounded(listener, places));
+            return Door::whole(bounded(listener, places, write_timeout));
         }
         let listener = match listener.into_tcp() {
             Ok(listener) => listener,
-            Err(listener) => return Door::whole(bounded(listener, places)),
+            Err(listener) => return Door::whole(bounded(listener, places, write_timeout)),
         };
         let (mut parts, mut desks) = (Vec::new(), Vec::new());
         for lane in &self.lanes {
             let (sender, handed) = mpsc::channel::<Handed>(HANDED_MAX);
-            let incoming = ReceiverStream::new(handed).map(Handed::take_over);
+            let incoming = ReceiverStream::new(handed);
+            let incoming = incoming.map(move |handed| handed.take_over(write_timeout));
             let runtime = lane.runtime.clone();
             parts.push(Part { runtime, listener: Listener::of(incoming, address) });
             desks.push(Desk { sender, connections: Arc::clone(&lane.connections) });
@@ -138,33 +144,12 @@ struct Handed {
     seat: Seat,
 }
 
-/// A connection's place among all, and on its lane.
-struct Seat {
-    _place: Option<OwnedSemaphorePermit>,
-    lane: Option<Arc<AtomicUsize>>,
-}
-
-impl Seat {
-    fn at(desk: &Desk, place: Option<OwnedSemaphorePermit>) -> Self {
-        desk.connections.fetch_add(1, Ordering::Relaxed);
-        Self { _place: place, lane: Some(Arc::clone(&desk.connections)) }
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        if let Some(lane) = &self.lane {
-            lane.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
-}
-
 impl Handed {
     /// Registers the connection with the runtime that it is to live on.
-    fn take_over(self) -> io::Result<Box<dyn Io>> {
+    fn take_over(self, write_timeout: Duration) -> io::Result<Box<dyn Io>> {
         let stream = TcpStream::from_std(self.stream)?;
         stream.set_nodelay(true)?;
-        Ok(Box::new(Seated { stream, _seat: self.seat }))
+        Ok(Box::new(Connection::new(stream, write_timeout, self.seat)))
     }
 }
 
@@ -181,7 +166,7 @@ async fn accept(listener: TcpListener, places: Arc<Semaphore>, desks: Vec<Desk>)
         };
         let fewest = desks.iter().min_by_key(|desk| desk.connections.load(Ordering::Relaxed));
         let Some(desk) = fewest else { return };
-        let handed = Handed { stream, seat: Seat::at(desk, place) };
+        let handed = Handed { stream, seat: Seat::new(place, Some(&desk.connections)) };
         if desk.sender.send(handed).await.is_err() {
             return;
         }
@@ -189,66 +174,20 @@ async fn accept(listener: TcpListener, places: Arc<Semaphore>, desks: Vec<Desk>)
 }
 
 /// The connections of `listener`, of which so many at once may be open.
-fn bounded(listener: Listener, places: Arc<Semaphore>) -> Listener {
+fn bounded(listener: Listener, places: Arc<Semaphore>, write_timeout: Duration) -> Listener {
     let address = listener.local_addr();
     let incoming = futures::stream::unfold(listener.into_incoming(), move |mut incoming| {
         let places = Arc::clone(&places);
         async move {
             let place = places.acquire_owned().await.ok();
             let stream = incoming.next().await?.map(|stream| {
-                let seat = Seat { _place: place, lane: None };
-                Box::new(Seated { stream, _seat: seat }) as Box<dyn Io>
+                let seat = Seat::new(place, None);
+                Box::new(Connection::new(stream, write_timeout, seat)) as Box<dyn Io>
             });
             Some((stream, incoming))
         }
     });
     Listener::of(incoming, address)
-}
-
-/// A connection that holds its place until it is closed.
-struct Seated<S> {
-    stream: S,
-    _seat: Seat,
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Seated<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Seated<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffers: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
 }
 
 #[cfg(test)]
@@ -296,7 +235,7 @@ mod tests {
     #[tokio::test]
     async fn each_connection_goes_to_the_lane_with_the_fewest() {
         let ((listener, address), lanes) = (listener().await, Lanes::start(3).unwrap());
-        let _serving = serve(lanes.divide(listener, 64));
+        let _serving = serve(lanes.divide(listener, 64, PATIENCE));
         let mut open = Vec::new();
         for _ in 0..6 {
             open.push(ask(address).await);
@@ -315,7 +254,7 @@ mod tests {
     async fn more_than_may_be_open_wait_for_a_place() {
         for count in [0, 2] {
             let ((listener, address), lanes) = (listener().await, Lanes::start(count).unwrap());
-            let _serving = serve(lanes.divide(listener, 2));
+            let _serving = serve(lanes.divide(listener, 2, PATIENCE));
             let (first, _second) = (ask(address).await, ask(address).await);
             let mut third = TcpStream::connect(address).await.unwrap();
             let mut byte = [0];
@@ -331,7 +270,7 @@ mod tests {
     #[tokio::test]
     async fn what_runs_on_lanes_ends_with_them() {
         let ((listener, address), lanes) = (listener().await, Lanes::start(2).unwrap());
-        let door = lanes.divide(listener, 2);
+        let door = lanes.divide(listener, 2, PATIENCE);
         let _serving = serve(door);
         let (mut stream, _) = ask(address).await;
         drop(lanes);

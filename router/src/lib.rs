@@ -15,6 +15,7 @@ mod ask;
 mod attempt;
 mod chance;
 mod config;
+mod connection;
 mod convert;
 mod course;
 mod frames;

@@ -1,9 +1,7 @@
 //! Starting and stopping both doors.
 
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::serve::Listener;
@@ -14,8 +12,6 @@ use headstart_cluster::Membership;
 use headstart_proto::v1::router_server::RouterServer;
 use headstart_service::net;
 use headstart_service::server::{GrpcServer, MESSAGE_BYTES_MAX, RunningServer, ServeError};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -122,9 +118,10 @@ async fn run(
     let options = &core.options;
     let failed = |error: std::io::Error| ServeError::Failed { cause: format!("HTTP: {error}") };
     let lanes = Lanes::start(options.http_threads as usize).map_err(failed)?;
-    let Door { parts, accepting } = lanes.divide(http, options.connections_max as usize);
+    let Door { parts, accepting } =
+        lanes.divide(http, options.connections_max as usize, options.write_timeout);
     let serve = |part: Part| {
-        let listener = TimedListener::new(part.listener, options.write_timeout);
+        let listener = HttpListener::new(part.listener);
         let (door, stopped) = (http::router(Arc::clone(&core)), stop_accepting.clone());
         let serving = axum::serve(listener, door)
             .with_graceful_shutdown(async move { stopped.cancelled().await });
@@ -160,128 +157,36 @@ async fn run(
     Ok(())
 }
 
-/// Connections that break when their client takes nothing for too long.
-struct TimedListener {
+/// A part of the HTTP door, as axum wants it.
+struct HttpListener {
     address: SocketAddr,
     incoming: BoxStream<'static, std::io::Result<Box<dyn net::Io>>>,
-    write_timeout: Duration,
 }
 
-impl TimedListener {
-    fn new(listener: net::Listener, write_timeout: Duration) -> Self {
+impl HttpListener {
+    fn new(listener: net::Listener) -> Self {
         let (address, incoming) = (listener.local_addr(), listener.into_incoming());
-        Self { address, incoming, write_timeout }
+        Self { address, incoming }
     }
 }
 
-impl Listener for TimedListener {
-    type Io = Connection;
+impl Listener for HttpListener {
+    type Io = Box<dyn net::Io>;
     type Addr = SocketAddr;
 
-    async fn accept(&mut self) -> (Connection, SocketAddr) {
-        let stream = loop {
+    async fn accept(&mut self) -> (Box<dyn net::Io>, SocketAddr) {
+        let connection = loop {
             match self.incoming.next().await {
-                Some(Ok(stream)) => break stream,
+                Some(Ok(connection)) => break connection,
                 // An error such as too many open files passes.
                 Some(Err(_)) => tokio::time::sleep(ACCEPT_RETRY).await,
                 None => std::future::pending().await,
             }
         };
-        (Connection { stream, write_timeout: self.write_timeout, stalled: None }, self.address)
+        (connection, self.address)
     }
 
     fn local_addr(&self) -> std::io::Result<SocketAddr> {
         Ok(self.address)
-    }
-}
-
-/// A connection that breaks when its client takes nothing for too long.
-struct Connection {
-    stream: Box<dyn net::Io>,
-    write_timeout: Duration,
-    /// When a write that waits is given up.
-    stalled: Option<Pin<Box<Sleep>>>,
-}
-
-impl Connection {
-    /// Watches the time of a write that has to wait.
-    fn watch<T>(
-        &mut self,
-        cx: &mut Context<'_>,
-        written: Poll<std::io::Result<T>>,
-    ) -> Poll<std::io::Result<T>> {
-        if written.is_ready() {
-            self.stalled = None;
-            return written;
-        }
-        let timeout = self.write_timeout;
-        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
-        stalled.as_mut().poll(cx).map(|()| Err(std::io::ErrorKind::TimedOut.into()))
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.watch(cx, written)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffers: &[std::io::IoSlice<'_>],
-    ) -> Poll<std::io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, buffers);
-        self.watch(cx, written)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use tokio::io::AsyncWriteExt;
-    use tokio::net::{TcpListener, TcpStream};
-
-    #[tokio::test]
-    async fn a_client_that_takes_nothing_loses_its_connection() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let mut timed = TimedListener::new(listener.into(), Duration::from_millis(50));
-        let _silent = TcpStream::connect(address).await.unwrap();
-        let (mut connection, _) = Listener::accept(&mut timed).await;
-        // More than the sockets' buffers take.
-        let piece = vec![0; 1 << 20];
-        let error = loop {
-            if let Err(error) = connection.write_all(&piece).await {
-                break error;
-            }
-        };
-        assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
     }
 }
