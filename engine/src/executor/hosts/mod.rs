@@ -1,8 +1,8 @@
 //! A model whose ranks are in several processes, whatever device they run on.
 //!
-//! The leader's process is an executor like any other ([`Leading`]): it tells the others each step's
+//! The leader's process is an executor like any other (`Leading`): it tells the others each step's
 //! plan, runs its own ranks, and makes one answer of what all ranks found. The others do what they are
-//! told until it leaves ([`follower`]). How ranks sum is their device's own affair.
+//! told until it leaves (`follower`). How ranks sum is their device's own affair.
 
 pub(super) mod follower;
 pub(super) mod leader;
