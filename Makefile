@@ -4,7 +4,7 @@ CARGO ?= cargo
 HEADSTART = target/release/headstart
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full overload sim sim-sabotage verify fix bench chaos fuzz fuzz-guided soak build setup setup-test
+.PHONY: help demo test test-full overload sim sim-sabotage verify fix bench chaos fuzz fuzz-guided soak image build setup setup-test
 
 help: ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ fuzz-guided: build setup-test ## Run libFuzzer on every such parser, guided by c
 
 soak: build setup-test ## Steady load for MINUTES=3, with memory, slots and pages sampled and drawn
 	@target/release/soak --minutes $(MINUTES) --model "$$($(HEADSTART) models pull smollm2)" $(SOAK)
+
+image: ## Build the container image with docker, podman or buildah, and check what a machine without a GPU can
+	@scripts/image-check
 
 build: setup ## Build the binaries
 	$(CARGO) build --release --locked --workspace --bins
