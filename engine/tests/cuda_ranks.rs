@@ -7,13 +7,12 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{FAMILIES, GGUFS, Runner, load_parts, tiny, write_alone};
+use common::{FAMILIES, GGUFS, Runner, cuda_devices, load_parts, tiny, write_alone};
 use headstart_engine::core::pages::PageId;
 use headstart_engine::executor::cuda::{self, CudaExecutor, CudaModel, CudaOptions, Ranks};
 use headstart_engine::executor::{Executor, Found, Probe, Row};
 use headstart_engine::model::WeightDtype;
 use headstart_engine::{Sampling, TokenId};
-use headstart_kernels::cuda::UniqueId;
 
 fn on_cuda(name: &str, dtype: WeightDtype, ranks: Ranks) -> Arc<CudaModel> {
     common::open_cuda_libraries();
@@ -34,17 +33,6 @@ fn executor(model: &Arc<CudaModel>) -> CudaExecutor {
 
 fn runner(model: &Arc<CudaModel>) -> Runner {
     Runner::on(Box::new(executor(model)))
-}
-
-/// Ranks on devices of their own; `None` on a machine that has fewer GPUs, or not NCCL.
-fn devices(ranks: usize) -> Option<Ranks> {
-    common::open_cuda_libraries();
-    let real = std::env::var_os("HEADSTART_CUDA_TESTS").is_some_and(|v| v == "device");
-    if real && (cuda::devices() < ranks || UniqueId::new().is_err()) {
-        eprintln!("SKIPPED {ranks} ranks by NCCL: this machine has not as many GPUs, or not NCCL");
-        return None;
-    }
-    Some(Ranks::Devices(ranks))
 }
 
 /// What is found at every position of a text, over the whole vocabulary.
@@ -111,7 +99,7 @@ fn ranks_with_a_gpu_each_find_what_ranks_on_one_gpu_find() {
     let greedy = Sampling::default();
     for name in ["llama-linear-untied", "qwen3", "gemma2.gguf"] {
         for ranks in [1, 2] {
-            let Some(places) = devices(ranks) else { continue };
+            let Some(places) = cuda_devices(ranks) else { continue };
             let apart = on_cuda(name, WeightDtype::F32, places);
             let together = on_cuda(name, WeightDtype::F32, Ranks::SameDevice(ranks));
             let expected = read(runner(&together), &greedy);
@@ -136,7 +124,7 @@ fn ranks_draw_the_tokens_that_one_draws() {
         };
         let whole = of(Ranks::SameDevice(1));
         let same = [Ranks::SameDevice(2), Ranks::SameDevice(4)];
-        for ranks in same.into_iter().chain(devices(2)) {
+        for ranks in same.into_iter().chain(cuda_devices(2)) {
             assert_eq!(of(ranks), whole, "{ranks:?}");
         }
     }
@@ -168,7 +156,7 @@ fn ranks_in_bf16_come_close_to_one() {
 #[test]
 fn decode_steps_of_ranks_are_recorded() {
     let mut written = Vec::new();
-    for ranks in [1, 2, 3].map(Ranks::SameDevice).into_iter().chain(devices(2)) {
+    for ranks in [1, 2, 3].map(Ranks::SameDevice).into_iter().chain(cuda_devices(2)) {
         let model = on_cuda("qwen3", WeightDtype::F32, ranks);
         let (tokens, graphs) = write_alone(&mut executor(&model), 6);
         assert_eq!(graphs, [0, 1, 1, 1, 1, 1], "{ranks:?}");
@@ -199,7 +187,7 @@ fn batches_on_ranks_write_what_they_write_on_one() {
         };
         let whole = write(Ranks::SameDevice(1));
         let same = [Ranks::SameDevice(2), Ranks::SameDevice(4)];
-        for ranks in same.into_iter().chain(devices(2)) {
+        for ranks in same.into_iter().chain(cuda_devices(2)) {
             assert_eq!(write(ranks), whole, "{name} {ranks:?}");
         }
     }

@@ -270,10 +270,21 @@ KERNEL(128, take_tokens, u32* tokens, const u32* pairs, u32 count, const u32* ke
 }
 
 /// Keeps chosen tokens: entry `i` of `list` names its place, where the token is, and whether that is
-/// a place in `sampled` or a row of `found`.
-KERNEL(128, keep_tokens, const u32* list, u32 count, const float* found, const u32* sampled, u32* kept) {
+/// a place in `sampled` or a row of `found`. There each of `ranks` has facts of its part of the
+/// vocabulary, `[ranks][rows]`; later ranks hold higher ids, so only a greater logit wins.
+KERNEL(128, keep_tokens, const u32* list, u32 count, const float* found, u32 ranks, u32 rows,
+       const u32* sampled, u32* kept) {
     u32 i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
     u32 place = list[3 * i], at = list[3 * i + 1], drawn = list[3 * i + 2];
-    kept[place] = drawn ? sampled[2 * at] : __float_as_uint(found[4 * at]);
+    if (drawn) {
+        kept[place] = sampled[2 * at];
+        return;
+    }
+    const float* best = found + 4 * (u64)at;
+    for (u32 r = 1; r < ranks; r++) {
+        const float* other = found + 4 * ((u64)r * rows + at);
+        if (other[1] > best[1]) best = other;
+    }
+    kept[place] = __float_as_uint(best[0]);
 }

@@ -8,11 +8,11 @@ use std::sync::{Arc, Once};
 
 use headstart_engine::core::pages::PageId;
 use headstart_engine::executor::cpu::{self, CpuExecutor, CpuOptions};
-use headstart_engine::executor::cuda::CudaExecutor;
+use headstart_engine::executor::cuda::{self, CudaExecutor, Ranks};
 use headstart_engine::executor::{Executor, Found, Probe, Row};
 use headstart_engine::model::{LoadOptions, Model, WeightDtype, Weights};
 use headstart_engine::{Sampling, TokenId};
-use headstart_kernels::cuda::library;
+use headstart_kernels::cuda::{UniqueId, library};
 
 /// Makes the emulated CUDA device the one that is there, unless `HEADSTART_CUDA_TESTS=device`.
 pub fn open_cuda_libraries() {
@@ -26,6 +26,17 @@ pub fn open_cuda_libraries() {
             library::open_all_in(Path::new(folder.trim()));
         }
     });
+}
+
+/// Ranks on GPUs of their own; `None` on a machine that has fewer, or not NCCL.
+pub fn cuda_devices(ranks: usize) -> Option<Ranks> {
+    open_cuda_libraries();
+    let real = std::env::var_os("HEADSTART_CUDA_TESTS").is_some_and(|v| v == "device");
+    if real && (cuda::devices() < ranks || UniqueId::new().is_err()) {
+        eprintln!("SKIPPED {ranks} ranks by NCCL: this machine has not as many GPUs, or not NCCL");
+        return None;
+    }
+    Some(Ranks::Devices(ranks))
 }
 
 /// Where the committed models are; `HEADSTART_FIXTURES` names the folder on another machine than

@@ -191,7 +191,14 @@ using namespace emulated;
 
 #define API extern "C" __attribute__((visibility("default"))) int
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500 };
+enum {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    NOT_FOUND = 500,
+    NOT_READY = 600,
+    ILLEGAL_ADDRESS = 700
+};
 
 /// Devices that can be opened, whatever their number is said to be.
 static const int DEVICES = 8;
@@ -242,32 +249,52 @@ void wait_until(const char* what, std::function<bool()> over) {
 /// Does the first of a stream's work, unless it waits for another stream.
 static bool step(Stream* stream) {
     if (stream->queue.empty() || !stream->queue.front()()) return false;
+    if (stream->failed) return stream->queue.clear(), false;
     stream->queue.pop_front();
     stream->done++;
     return true;
 }
-
-/// Does the stream's work until so much of it is done, and of other streams what that waits for.
-static void run_until(Stream* stream, u64 count) {
-    wait_until("a stream that waits for other ranks in vain", [=] {
-        for (bool progress = true; progress;) {
-            progress = false;
-            while (stream->done < count && step(stream)) progress = true;
-            if (stream->done >= count || stream->queue.empty()) return true;
-            for (size_t i = 0; i < streams.size(); i++) {
-                if (streams[i] == stream) continue;
-                while (step(streams[i])) progress = true;
-            }
-        }
-        return false;
-    });
+void run_streams() {
+    for (size_t i = 0; i < streams.size(); i++) {
+        while (step(streams[i])) {}
+    }
 }
-static void run_all(Stream* stream) { run_until(stream, ~0ull); }
+
+/// Does the stream's work until so much of it is done, and of other streams what that waits for, as far as
+/// that can be; whether it is over.
+static bool try_until(Stream* stream, u64 count) {
+    for (bool progress = true; progress;) {
+        progress = false;
+        while (stream->done < count && step(stream)) progress = true;
+        if (stream->done >= count || stream->queue.empty()) return true;
+        for (size_t i = 0; i < streams.size(); i++) {
+            if (streams[i] == stream) continue;
+            while (step(streams[i])) progress = true;
+        }
+    }
+    return false;
+}
+/// Waits for that.
+static int run_until(Stream* stream, u64 count) {
+    wait_until("a stream that waits for other ranks in vain", [=] { return try_until(stream, count); });
+    return stream->failed && stream->done < count ? ILLEGAL_ADDRESS : SUCCESS;
+}
+static int run_all(Stream* stream) { return run_until(stream, ~0ull); }
+
+/// `HEADSTART_EMULATED_FAULT`, as `device:kernels`: the device fails in the kernel after so many.
+static bool fails(Stream* stream) {
+    static const char* set = getenv("HEADSTART_EMULATED_FAULT");
+    static int device = -1;
+    static long left = -1;
+    if (set && device < 0 && sscanf(set, "%d:%ld", &device, &left) != 2) fail("a fault that is none");
+    return set && stream->device == device && left-- == 0;
+}
 
 int enqueue(void* stream, Work work) {
     auto s = (Stream*)stream;
     if (!s) return INVALID_VALUE;
     if (s->device != current) fail("work for a stream of another device");
+    if (s->failed) return ILLEGAL_ADDRESS;
     if (s->capturing) return s->capturing->work.push_back(std::move(work)), SUCCESS;
     bool full;
     {
@@ -276,8 +303,7 @@ int enqueue(void* stream, Work work) {
         full = s->queue.size() > QUEUE_MAX;
         moved.notify_all();
     }
-    if (full) run_all(s);
-    return SUCCESS;
+    return full ? run_all(s) : SUCCESS;
 }
 
 } // namespace emulated
@@ -400,14 +426,12 @@ API cuMemFreeHost(void* address) {
 API cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t bytes, void* stream) {
     if (!inside(to, bytes)) return INVALID_VALUE;
     int taken = enqueue_now(stream, [=] { memcpy((void*)to, from, bytes); });
-    if (taken == SUCCESS && !is_pinned(from, bytes)) run_all((Stream*)stream);
-    return taken;
+    return taken == SUCCESS && !is_pinned(from, bytes) ? run_all((Stream*)stream) : taken;
 }
 API cuMemcpyDtoHAsync_v2(void* to, u64 from, size_t bytes, void* stream) {
     if (!inside(from, bytes)) return INVALID_VALUE;
     int taken = enqueue_now(stream, [=] { memcpy(to, (void*)from, bytes); });
-    if (taken == SUCCESS && !is_pinned(to, bytes)) run_all((Stream*)stream);
-    return taken;
+    return taken == SUCCESS && !is_pinned(to, bytes) ? run_all((Stream*)stream) : taken;
 }
 API cuMemcpyDtoDAsync_v2(u64 to, u64 from, size_t bytes, void* stream) {
     if (!inside(from, bytes) || !inside(to, bytes)) return INVALID_VALUE;
@@ -432,7 +456,7 @@ API cuStreamDestroy_v2(void* stream) {
     streams.pop_back();
     return delete (Stream*)stream, SUCCESS;
 }
-API cuStreamSynchronize(void* stream) { return run_all((Stream*)stream), SUCCESS; }
+API cuStreamSynchronize(void* stream) { return run_all((Stream*)stream); }
 API cuStreamBeginCapture_v2(void* stream, int) {
     return ((Stream*)stream)->capturing = new Graph, SUCCESS;
 }
@@ -465,8 +489,13 @@ API cuEventRecord(void* event, void* stream) {
 }
 API cuEventSynchronize(void* event) {
     auto e = (Event*)event;
-    if (e->stream) run_until(e->stream, e->at);
-    return SUCCESS;
+    return e->stream ? run_until(e->stream, e->at) : SUCCESS;
+}
+API cuEventQuery(void* event) {
+    auto e = (Event*)event;
+    std::lock_guard<std::recursive_mutex> hold(everything);
+    if (!e->stream || !try_until(e->stream, e->at)) return e->stream ? NOT_READY : SUCCESS;
+    return e->stream->done < e->at ? ILLEGAL_ADDRESS : SUCCESS;
 }
 API cuEventElapsedTime_v2(float* ms, void*, void*) { return *ms = 1.f, SUCCESS; }
 
@@ -495,6 +524,10 @@ API cuLaunchKernel(void* function, u32 gx, u32 gy, u32 gz, u32 bx, u32 by, u32 b
         for (u64 word : copy) check_device(word, ((Stream*)stream)->device);
     }
     return enqueue_now(stream, [=]() mutable {
+        if (fails((Stream*)stream)) {
+            ((Stream*)stream)->failed = true;
+            return;
+        }
         std::vector<void*> pointers;
         for (auto& copy : copies) pointers.push_back(copy.data());
         const char* name = "a kernel";

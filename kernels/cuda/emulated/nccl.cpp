@@ -16,7 +16,7 @@ using namespace emulated;
 #define API extern "C" __attribute__((visibility("default"))) int
 
 enum { SUCCESS = 0, SYSTEM_ERROR = 2, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, IN_PROGRESS = 7 };
-enum { FLOAT32 = 7, SUM = 0 };
+enum { UINT32 = 3, FLOAT32 = 7, SUM = 0 };
 
 struct UniqueId {
     char internal[128];
@@ -42,7 +42,7 @@ struct Slot {
 struct Group {
     std::atomic<u32> joined, refused;
     Slot slots[RANKS_MAX];
-    float parts[RANKS_MAX][COUNT_MAX];
+    u32 parts[RANKS_MAX][COUNT_MAX];
 };
 /// A rank's end; sums on streams keep it.
 struct End {
@@ -74,8 +74,9 @@ static thread_local std::vector<std::function<int()>> pending;
 static thread_local std::vector<std::shared_ptr<End>> leaving;
 static thread_local bool joins;
 
-/// One rank's part of a sum, on its stream.
-static Work part_of_sum(std::shared_ptr<End> end, const float* from, float* to, size_t count,
+/// One rank's part of a sum of 32-bit values, on its stream.
+template <class T>
+static Work part_of_sum(std::shared_ptr<End> end, const T* from, T* to, size_t count,
                         std::shared_ptr<int> recording) {
     u64 sum = 0;
     return [=]() mutable {
@@ -88,7 +89,7 @@ static Work part_of_sum(std::shared_ptr<End> end, const float* from, float* to, 
             for (int r = 0; r < end->ranks; r++) {
                 if (g.slots[r].taken + 1 < next) return false;
             }
-            memcpy(g.parts[end->rank], from, count * sizeof(float));
+            memcpy(g.parts[end->rank], from, count * sizeof(T));
             mine.count = count;
             mine.given = sum = next;
         }
@@ -99,8 +100,8 @@ static Work part_of_sum(std::shared_ptr<End> end, const float* from, float* to, 
             if (g.slots[r].count != count) fail("ranks that sum different counts");
         }
         for (size_t i = 0; i < count; i++) {
-            float total = g.parts[0][i];
-            for (int r = 1; r < end->ranks; r++) total += g.parts[r][i];
+            T total = ((const T*)g.parts[0])[i];
+            for (int r = 1; r < end->ranks; r++) total += ((const T*)g.parts[r])[i];
             to[i] = total;
         }
         mine.taken = sum;
@@ -156,11 +157,14 @@ API ncclCommGetAsyncError(void* comm, int* state) {
 API ncclAllReduce(const void* from, void* to, size_t count, int type, int operation, void* comm,
                   void* stream) {
     auto end = ((Comm*)comm)->end;
-    if (type != FLOAT32 || operation != SUM || count > COUNT_MAX) return INVALID_ARGUMENT;
+    bool known = (type == UINT32 || type == FLOAT32) && operation == SUM;
+    if (!known || count > COUNT_MAX) return INVALID_ARGUMENT;
     if (end->device != current_device()) return INVALID_USAGE;
     if (end->state() == IN_PROGRESS) fail("a sum of a communicator that is still busy");
     auto recording = ((Stream*)stream)->capturing ? end->recordings : nullptr;
-    Work work = part_of_sum(end, (const float*)from, (float*)to, count, recording);
+    Work work = type == FLOAT32
+                    ? part_of_sum(end, (const float*)from, (float*)to, count, recording)
+                    : part_of_sum(end, (const u32*)from, (u32*)to, count, recording);
     auto start = [=] {
         int before = set_current_device(end->device);
         int refused = enqueue(stream, work);
@@ -174,11 +178,13 @@ API ncclAllReduce(const void* from, void* to, size_t count, int type, int operat
     if (!depth) return start();
     return pending.push_back(start), SUCCESS;
 }
-/// Waits as NCCL does: recordings that use a communicator go before it.
+/// Waits as NCCL does: recordings that use a communicator go before it, and so do their launches, whose
+/// sums were given up.
 static void wait_for_recordings() {
     auto ends = std::move(leaving);
     leaving.clear();
     wait_until("a communicator that waits in vain for recordings that use it", [&] {
+        run_streams();
         for (auto& end : ends) {
             if (end->recordings.use_count() > 1) return false;
         }

@@ -10,9 +10,9 @@ use super::vocab::{SampleArgs, TokenFound, token_found};
 const ARGS: usize = 12;
 
 /// What is asked of rows of logits, beyond their facts.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Questions {
-    /// Rows, whose facts are told.
+    /// Rows whose facts are told, of the first rank that has them.
     pub rows: usize,
     /// Tokens to draw.
     pub samples: Vec<SampleArgs>,
@@ -33,6 +33,18 @@ pub struct Keep {
     pub at: u32,
     /// Whether it is a sample.
     pub drawn: bool,
+}
+
+/// Facts of rows of logits ([`Device::vocab_stats`]), found by one rank, or by each of several in its
+/// part of the vocabulary.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts<'a> {
+    /// `[ranks][rows]`.
+    pub found: &'a Buffer<f32>,
+    /// In the order of their parts of the vocabulary.
+    pub ranks: usize,
+    /// Rows of each.
+    pub rows: usize,
 }
 
 /// What was found.
@@ -101,9 +113,10 @@ impl Questions {
     }
 
     /// Panics if a kernel would reach outside its buffers.
-    fn check(&self, rows: usize, vocab: usize, room: &AskRoom, kept: usize) {
-        assert!(self.rows <= rows && self.rows <= room.rows, "ask: rows");
-        let within = |row: &u32| (*row as usize) < self.rows;
+    fn check(&self, rows: usize, vocab: usize, facts: Facts<'_>, room: &AskRoom, kept: usize) {
+        assert!(self.rows <= facts.rows && facts.ranks > 0, "ask: rows");
+        assert!(facts.found.len() >= 4 * facts.ranks * facts.rows, "ask: facts");
+        let within = |row: &u32| (*row as usize) < rows;
         assert!(self.samples.iter().all(|a| within(&a.row)), "ask: a sample's row");
         assert!(self.samples.len() <= room.rows, "ask: samples");
         let ends = self.samples.iter().map(|a| a.first_penalty as usize + a.penalties as usize);
@@ -111,7 +124,7 @@ impl Questions {
         assert!(self.tops.iter().all(|(row, _)| within(row)), "ask: a row of likeliest tokens");
         assert!(self.tops_most() <= vocab, "ask: more tokens than there are");
         for keep in &self.keep {
-            let from = if keep.drawn { self.samples.len() } else { self.rows };
+            let from = if keep.drawn { self.samples.len() } else { facts.rows };
             assert!(
                 (keep.place as usize) < kept && (keep.at as usize) < from,
                 "ask: a token to keep"
@@ -169,9 +182,9 @@ impl AskRoom {
 }
 
 impl Device {
-    /// Answers questions about rows of `logits` (`[rows][vocab]`), whose facts are in `found`
-    /// ([`Device::vocab_stats`]). What is asked goes by way of `asked`, and what is found comes back
-    /// in `answers`, when it is done. Chosen tokens are put into `kept`.
+    /// Answers questions about rows of `logits` (`[rows][vocab]`), and about `facts`. What is asked goes
+    /// by way of `asked`, and what is found comes back in `answers`, when it is done. Chosen tokens are
+    /// put into `kept`.
     ///
     /// # Errors
     /// [`CudaError`]
@@ -183,19 +196,18 @@ impl Device {
         &self,
         questions: &Questions,
         (logits, vocab): (&Buffer<f32>, usize),
-        found: &Buffer<f32>,
+        facts: Facts<'_>,
         room: &mut AskRoom,
         asked: &mut Pinned<u32>,
         answers: &mut Pinned<u32>,
         kept: &mut Buffer<u32>,
     ) -> Result<(), CudaError> {
-        questions.check(logits.len() / vocab, vocab, room, kept.len());
+        questions.check(logits.len() / vocab, vocab, facts, room, kept.len());
         let Questions { rows, samples, penalties, tops, keep } = questions;
-        assert!(found.len() >= 4 * rows, "ask: facts");
         room.reserve(self, questions)?;
         questions.put(&mut asked.wait_for()?[..questions.words()]);
         self.write_pinned(&mut room.words, 0, asked, questions.words())?;
-        self.read_pinned(&found.as_words(), 0, answers, 0, 4 * rows)?;
+        self.read_pinned(&facts.found.as_words(), 0, answers, 0, 4 * rows)?;
         let penalties_at = ARGS * samples.len();
         let first = (0..samples.len()).step_by(room.at_once.max(1));
         for (at, samples) in first.zip(samples.chunks(room.at_once.max(1))) {
@@ -218,9 +230,11 @@ impl Device {
             self.read_pinned(&room.tops.as_words(), 0, answers, to, 2 * tops.len() * most)?;
         }
         let launch = self.launch("keep_tokens").buffer(&room.words, tops_at + 2 * tops.len());
-        let launch = launch.value(keep.len() as u32).buffer(found, 0);
+        let launch = launch.value(keep.len() as u32).buffer(facts.found, 0);
+        let launch = launch.value(facts.ranks as u32).value(facts.rows as u32);
         let launch = launch.buffer(&room.sampled, 0).buffer(kept, 0);
-        // SAFETY: (u32* list, u32 count, float* found, u32* sampled, u32* kept); each entry checked.
+        // SAFETY: (u32* list, u32 count, float* found, u32 ranks, u32 rows, u32* sampled, u32* kept);
+        // each entry checked, and so were the facts.
         unsafe { launch.run([keep.len().div_ceil(128), 1, 1], 128, 0) }
     }
 }

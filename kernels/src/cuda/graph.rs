@@ -187,6 +187,19 @@ impl Timer {
         check(unsafe { sys::cuEventSynchronize(self.event) }, "running on the GPU")
     }
 
+    /// Whether it has been reached.
+    ///
+    /// # Errors
+    /// [`CudaError`] of the work before it.
+    pub fn is_reached(&self) -> Result<bool, CudaError> {
+        self.inner.bind();
+        // SAFETY: the event lives and was recorded.
+        match unsafe { sys::cuEventQuery(self.event) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            done => check(done, "running on the GPU").map(|()| true),
+        }
+    }
+
     /// Seconds from `self` to `end`, when both have been reached.
     ///
     /// # Errors

@@ -211,18 +211,24 @@ impl Device {
             let (to, from) = (to.address(to_at), from.address(from_at));
             sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.inner.stream)
         };
+        self.keep_for_capture([&from.allocation, &to.allocation]);
         check(done, "copying on the GPU")
     }
 
-    /// Sets all bytes to zero.
+    /// Sets the first `len` elements to zero.
     ///
     /// # Errors
     /// [`CudaError`]
-    pub fn zero<T: Element>(&self, buffer: &mut Buffer<T>) -> Result<(), CudaError> {
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn zero<T: Element>(&self, buffer: &mut Buffer<T>, len: usize) -> Result<(), CudaError> {
+        assert!(len <= buffer.len, "zero past a buffer");
         self.inner.bind();
-        let bytes = buffer.len * size_of::<T>();
+        let bytes = len * size_of::<T>();
         // SAFETY: the buffer holds the bytes.
         let done = unsafe { sys::cuMemsetD8Async(buffer.address(0), 0, bytes, self.inner.stream) };
+        self.keep_for_capture([&buffer.allocation]);
         check(done, "clearing GPU memory")
     }
 }

@@ -26,7 +26,7 @@ mod tests;
 mod vocab;
 mod weights;
 
-pub use ask::{Answers, AskRoom, Keep, Questions};
+pub use ask::{Answers, AskRoom, Facts, Keep, Questions};
 pub use batch::{Batch, Sequence, Staged};
 pub use device::{CudaError, Device};
 pub use graph::{Graph, Timer, capture_on};

@@ -1,4 +1,4 @@
-//! Sums over ranks that have a GPU each, by NCCL.
+//! Sums, and what is gathered, over ranks that have a GPU each, by NCCL.
 //!
 //! NCCL is opened when it is asked for: one GPU needs none of it. The functions are those of NCCL 2.14
 //! and later (<https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/api.html>). Communicators are
@@ -18,7 +18,8 @@ use super::device::{CudaError, Device};
 use super::library;
 use super::memory::Buffer;
 
-/// `ncclFloat32` and `ncclSum`.
+/// `ncclUint32`, `ncclFloat32` and `ncclSum`.
+const UINT32: c_int = 3;
 const FLOAT32: c_int = 7;
 const SUM: c_int = 0;
 /// `ncclSuccess` and `ncclInProgress`.
@@ -281,6 +282,32 @@ impl Communicators {
         buffers: &mut [&mut Buffer<f32>],
         count: usize,
     ) -> Result<(), CudaError> {
+        self.reduce(buffers, count, FLOAT32)
+    }
+
+    /// Gives every rank the first `count` values of all: each of them is zero on all ranks but the one
+    /// that has it. What is added is the values' bits, so they stay as they are, whatever they are.
+    ///
+    /// # Errors
+    /// As [`Self::all_reduce`].
+    ///
+    /// # Panics
+    /// As [`Self::all_reduce`].
+    pub fn all_gather(
+        &self,
+        buffers: &mut [&mut Buffer<f32>],
+        count: usize,
+    ) -> Result<(), CudaError> {
+        self.reduce(buffers, count, UINT32)
+    }
+
+    /// Sums 32-bit values of NCCL's type `kind`.
+    fn reduce(
+        &self,
+        buffers: &mut [&mut Buffer<f32>],
+        count: usize,
+        kind: c_int,
+    ) -> Result<(), CudaError> {
         let (nccl, what) = (functions()?, "summing over GPUs");
         // Whoever aborts may hold the lock for long.
         let ends = self.ends.try_lock().ok().filter(|ends| !ends.is_empty());
@@ -297,7 +324,7 @@ impl Communicators {
                 // the stream; in place is allowed. Nothing is in progress on the communicator.
                 let status = unsafe {
                     let stream = inner.stream.cast();
-                    (nccl.all_reduce)(values, values, count, FLOAT32, SUM, end.handle, stream)
+                    (nccl.all_reduce)(values, values, count, kind, SUM, end.handle, stream)
                 };
                 nccl.check(status, what)?;
                 end.device.keep_for_capture([buffer.allocation()]);

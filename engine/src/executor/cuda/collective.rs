@@ -1,4 +1,4 @@
-//! Where the ranks of a model on GPUs are, and how they sum what they found.
+//! Where the ranks of a model on GPUs are, and how what they found is summed, or comes together.
 //!
 //! One thread drives all ranks, step by step, so they need no meeting point on the host: ranks that
 //! share a device share its stream, and a kernel adds their buffers up; ranks that have a device each
@@ -63,6 +63,14 @@ impl Ranks {
     }
 }
 
+/// A stretch of what a rank found, and where it belongs among what all found.
+pub(super) struct Piece<'a> {
+    pub(super) from: &'a Buffer<f32>,
+    pub(super) at: usize,
+    pub(super) to: usize,
+    pub(super) len: usize,
+}
+
 /// How ranks sum what they found.
 #[derive(Debug)]
 pub(super) enum Collective {
@@ -102,6 +110,36 @@ impl Collective {
             Self::Alone => Ok(()),
             Self::SameDevice(device) => device.sum_ranks(buffers, count),
             Self::Nccl(ends) => ends.all_reduce(buffers, count),
+        }
+    }
+
+    /// Ends sums that wait for a device which failed. What recorded one goes first.
+    pub(super) fn give_up(&self) {
+        if let Self::Nccl(ends) = self {
+            ends.abort();
+        }
+    }
+
+    /// Brings the pieces of all ranks together on each device, in the first `count` values of `to`, which
+    /// they fill. `ranks` are each rank's device and pieces; all ranks are here.
+    pub(super) fn gather<'a, P: IntoIterator<Item = Piece<'a>>>(
+        &self,
+        ranks: impl Iterator<Item = (&'a Device, P)>,
+        to: &mut [&mut Buffer<f32>],
+        count: usize,
+    ) -> Result<(), CudaError> {
+        for (rank, (device, pieces)) in ranks.enumerate() {
+            let to = &mut *to[if self.spans_devices() { rank } else { 0 }];
+            if self.spans_devices() {
+                device.zero(to, count)?;
+            }
+            for Piece { from, at, to: place, len } in pieces {
+                device.copy(from, at, to, place, len)?;
+            }
+        }
+        match self {
+            Self::Alone | Self::SameDevice(_) => Ok(()),
+            Self::Nccl(ends) => ends.all_gather(to, count),
         }
     }
 }

@@ -136,9 +136,10 @@ impl CudaExecutor {
             let host = piece(device, &mut lane.staging, index, staged.words())?;
             staged.stage(device, &planned.batch, host)?;
         }
-        if let ([rank], true) = (&mut self.ranks[..], self.model.is_whole()) {
-            let kept = &kept[(batch.lane + IN_FLIGHT_MAX - 1) % IN_FLIGHT_MAX];
-            self.model.device().take_tokens(&mut rank.scratch.staged, kept)?;
+        let kept = &kept[(batch.lane + IN_FLIGHT_MAX - 1) % IN_FLIGHT_MAX];
+        let ranks = self.model.parts.iter().zip(&mut self.ranks);
+        for ((part, rank), place) in ranks.zip(self.model.places()) {
+            part.device.take_tokens(&mut rank.scratch.staged, &kept[place])?;
         }
         if let Some(key) = planned.graph {
             self.decode(key)?;
@@ -148,7 +149,7 @@ impl CudaExecutor {
         let probes = planned.batch.probes.len();
         for first in (0..probes).step_by(probe::ROWS) {
             let count = probe::ROWS.min(probes - first);
-            each(&self.model, &mut self.ranks, |part, rank| probe::head(part, rank, first, count))?;
+            heads(&self.model, &mut self.ranks, &mut self.gathered, first, count)?;
             self.ask(rows, &planned.wanted, first, count, batch)?;
         }
         Ok(())
@@ -164,10 +165,10 @@ impl CudaExecutor {
         if self.graphs.0.len() >= GRAPHS_MAX && !warm {
             self.graphs.0.clear();
         }
-        let (model, ranks) = (&self.model, &mut self.ranks);
+        let (model, ranks, gathered) = (&self.model, &mut self.ranks, &mut self.gathered);
         let mut all = || {
             layers(model, ranks)?;
-            each(model, ranks, |part, rank| probe::head(part, rank, 0, key.rows))
+            heads(model, ranks, gathered, 0, key.rows)
         };
         if !warm {
             all()?;
@@ -220,6 +221,18 @@ fn layers(model: &CudaModel, ranks: &mut [Rank]) -> Result<(), CudaError> {
         })?;
     }
     Ok(())
+}
+
+/// The logits of `count` probes from `first` on, and their facts, which come together.
+fn heads(
+    model: &CudaModel,
+    ranks: &mut [Rank],
+    gathered: &mut [probe::Gathered],
+    first: usize,
+    count: usize,
+) -> Result<(), CudaError> {
+    each(model, ranks, |part, rank| probe::head(part, rank, first, count))?;
+    probe::gather_facts(model, ranks, gathered, count)
 }
 
 /// A rank's part of the token embeddings, and the angles of all positions.

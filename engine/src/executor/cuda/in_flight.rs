@@ -8,12 +8,12 @@ use std::collections::VecDeque;
 
 use headstart_kernels::VocabStats;
 use headstart_kernels::cuda::{
-    Answers, Buffer, CudaError, Device, Keep, Pinned, Questions, SampleArgs, Timer, TokenFound,
+    Answers, Buffer, CudaError, Device, Facts, Keep, Pinned, Questions, Timer, TokenFound,
 };
 
 use super::load::{CudaModel, RankModel};
 use super::plan::Wanted;
-use super::probe::{Draw, SAMPLED_ROWS, join, sample_question};
+use super::probe::{Choice, gather_logits, join, sample_question};
 use super::{CudaExecutor, Rank, lost};
 use crate::executor::hosts::Partials;
 use crate::executor::partial::Partial;
@@ -31,6 +31,8 @@ pub(super) struct Lane {
     /// For each time that logits are looked at.
     asked: Vec<Pinned<u32>>,
     answers: Vec<Pinned<u32>>,
+    /// Once: what the device kept.
+    kept: Vec<Pinned<u32>>,
 }
 
 /// The `index`-th of `pieces`, which come to be as they are needed, with `words` at least.
@@ -57,8 +59,8 @@ struct Asked {
     first: usize,
     /// What each rank is asked, and the first token of its part of the vocabulary.
     questions: Vec<(Questions, u32)>,
-    /// What is drawn from the logits of several ranks; one rank draws by itself.
-    draws: Vec<Draw>,
+    /// What is chosen from the findings of several ranks; one rank chooses by itself.
+    choices: Vec<Choice>,
     /// For each wanted one its place among the samples, unless the argmax is its answer.
     drawn: Vec<Option<usize>>,
     /// Where others have ranks as well: each rank's logits of each wanted one from which a token is
@@ -73,8 +75,8 @@ pub(super) struct InFlight {
     pub(super) lane: usize,
     rows: usize,
     asked: Vec<Asked>,
-    /// Draws of all of them.
-    draws: usize,
+    /// Choices of all of them.
+    choices: usize,
     /// Reached when all its work is done, on each device.
     done: Vec<Timer>,
 }
@@ -82,11 +84,11 @@ pub(super) struct InFlight {
 /// All batches in flight.
 #[derive(Debug)]
 pub(super) struct Batches {
-    /// One of each rank, and one for draws from the logits of several.
+    /// One of each rank, and one of each device on which several ranks' findings come together.
     pub(super) lanes: [Vec<Lane>; IN_FLIGHT_MAX],
-    /// What the rows of the batch in each lane chose.
-    pub(super) kept: [Buffer<u32>; IN_FLIGHT_MAX],
-    /// Whether they are kept: one rank that has the whole vocabulary knows what it chose.
+    /// What the rows of the batch in each lane chose, on each device.
+    pub(super) kept: [Vec<Buffer<u32>>; IN_FLIGHT_MAX],
+    /// Whether they are kept: where other processes have ranks, too, it is the leader who chooses.
     keeps: bool,
     in_flight: VecDeque<InFlight>,
     /// The lane of the next one.
@@ -95,15 +97,32 @@ pub(super) struct Batches {
     pub(super) samples: Vec<bool>,
 }
 
+/// Waits until all are reached. Devices wait for each other in sums: one that failed keeps the others
+/// from theirs for ever, and is seen when all are looked at in turn.
+fn wait_for(done: &[Timer]) -> Result<(), CudaError> {
+    if let [one] = done {
+        return one.wait();
+    }
+    loop {
+        let reached = done.iter().map(Timer::is_reached);
+        if reached.collect::<Result<Vec<_>, _>>()?.iter().all(|reached| *reached) {
+            return Ok(());
+        }
+        std::thread::yield_now();
+    }
+}
+
 impl Batches {
     /// A row writes a page of its own, so there are as many rows as pages at most.
     pub(super) fn new(model: &CudaModel, limits: Limits) -> Result<Self, CudaError> {
-        let kept = || model.device().alloc(limits.pages, "chosen tokens");
-        let lanes = || (0..=model.parts.len()).map(|_| Lane::default()).collect();
+        let kept = |device: &Device| device.alloc(limits.pages, "chosen tokens");
+        let kept = || model.devices().map(kept).collect::<Result<_, _>>();
+        let lanes = model.parts.len() + model.devices().count();
+        let lanes = || (0..lanes).map(|_| Lane::default()).collect();
         Ok(Self {
             lanes: [lanes(), lanes()],
             kept: [kept()?, kept()?],
-            keeps: model.is_whole(),
+            keeps: !model.is_spread(),
             in_flight: VecDeque::new(),
             next: 0,
             samples: Vec::new(),
@@ -121,12 +140,12 @@ impl Batches {
             return Err(ExecutorError { message, fatal: false });
         }
         self.check(rows)?;
-        Ok(InFlight { lane: self.next, rows, asked: Vec::new(), draws: 0, done: Vec::new() })
+        Ok(InFlight { lane: self.next, rows, asked: Vec::new(), choices: 0, done: Vec::new() })
     }
 
     /// Refuses more rows than can be.
     pub(super) fn check(&self, rows: usize) -> Result<(), ExecutorError> {
-        let pages = self.kept[0].len();
+        let pages = self.kept[0][0].len();
         match rows > pages {
             true => {
                 let message = format!("{rows} rows on {pages} pages");
@@ -149,14 +168,14 @@ impl Batches {
     fn wait(&mut self) -> Result<InFlight, ExecutorError> {
         let nothing = || ExecutorError { message: "nothing is in flight".into(), fatal: false };
         let batch = self.in_flight.pop_front().ok_or_else(nothing)?;
-        batch.done.iter().try_for_each(Timer::wait).map_err(lost)?;
+        wait_for(&batch.done).map_err(lost)?;
         Ok(batch)
     }
 
     /// Waits for the oldest one, and makes one answer of what its ranks found.
     pub(super) fn collect(&mut self) -> Result<Vec<Vec<Found>>, ExecutorError> {
         let batch = self.wait()?;
-        let (mut found, mut draws) = (vec![Vec::new(); batch.rows], 0);
+        let (mut found, mut choices) = (vec![Vec::new(); batch.rows], 0);
         let lanes = &mut self.lanes[batch.lane];
         for (index, asked) in batch.asked.iter().enumerate() {
             let mut read = |questions: &Questions, lane: usize, index: usize| {
@@ -168,11 +187,15 @@ impl Batches {
                 parts.push(read(questions, rank, index)?);
             }
             let mut samples = std::mem::take(&mut parts[0].samples);
-            for draw in &asked.draws {
-                samples.extend(read(&draw.questions, parts.len(), draws)?.samples);
-                draws += 1;
+            for choice in &asked.choices {
+                // All devices draw alike.
+                samples.extend(read(&choice.questions, parts.len(), choices)?.samples);
+                choices += 1;
             }
             asked.tell(&parts, &samples, &mut found)?;
+        }
+        for kept in lanes.iter_mut().flat_map(|lane| &mut lane.kept) {
+            check_kept(&found, kept.wait_for().map_err(lost)?)?;
         }
         Ok(found)
     }
@@ -212,28 +235,47 @@ impl CudaExecutor {
         let (model, index) = (&self.model, batch.asked.len());
         let mut asked = Asked::new(rows, wanted, first, count, model);
         let Batches { lanes, kept, .. } = &mut self.batches;
-        let (lanes, kept) = (&mut lanes[batch.lane], &mut kept[batch.lane]);
-        let ranks = model.parts.iter().zip(&mut self.ranks).zip(&asked.questions);
-        for (((part, rank), (questions, _)), lane) in ranks.zip(&mut *lanes) {
+        let (lanes, together) = lanes[batch.lane].split_at_mut(model.parts.len());
+        let kept = &mut kept[batch.lane];
+        let ranks = model.parts.iter().zip(&mut self.ranks).zip(model.places());
+        for (((part, rank), place), (lane, (questions, _))) in
+            ranks.zip(lanes.iter_mut().zip(&asked.questions))
+        {
             let (device, p) = (&part.device, &mut rank.probes);
             let host = piece(device, &mut lane.asked, index, questions.words())?;
             let answers = piece(device, &mut lane.answers, index, questions.answer_words())?;
             let logits = (&p.logits, part.vocab.len());
-            device.ask(questions, logits, &p.found, &mut p.ask, host, answers, kept)?;
+            let facts = Facts { found: &p.found, ranks: 1, rows: count };
+            let kept = &mut kept[place];
+            device.ask(questions, logits, facts, &mut p.ask, host, answers, kept)?;
         }
         if model.is_spread() {
             asked.take_logits(model, &self.ranks)?;
         }
-        if let (Some(drawing), Some(lane)) = (&mut self.drawing, lanes.last_mut()) {
-            for draw in &asked.draws {
-                let (device, questions, at) = (model.device(), &draw.questions, batch.draws);
+        for choice in &asked.choices {
+            gather_logits(model, &self.ranks, &mut self.gathered, &choice.rows)?;
+            let (questions, at) = (&choice.questions, batch.choices);
+            let places = model.devices().zip(&mut self.gathered).zip(&mut *kept);
+            for (((device, gathered), kept), lane) in places.zip(&mut *together) {
                 let host = piece(device, &mut lane.asked, at, questions.words())?;
                 let answers = piece(device, &mut lane.answers, at, questions.answer_words())?;
-                drawing.draw(model, &self.ranks, draw, [host, answers], kept)?;
-                batch.draws += 1;
+                gathered.choose(model, device, (choice, count), [host, answers], kept)?;
             }
+            batch.choices += 1;
         }
         batch.asked.push(asked);
+        Ok(())
+    }
+
+    /// Has each device tell what it kept, where that was chosen from the findings of several ranks.
+    pub(super) fn tell_kept(&mut self, batch: &InFlight) -> Result<(), CudaError> {
+        let Batches { lanes, kept, .. } = &mut self.batches;
+        let together = &mut lanes[batch.lane][self.model.parts.len()..];
+        let places = self.model.devices().zip(&self.gathered).zip(&kept[batch.lane]);
+        for (((device, _), kept), lane) in places.zip(together) {
+            let told = piece(device, &mut lane.kept, 0, batch.rows)?;
+            device.read_pinned(kept, 0, told, 0, batch.rows)?;
+        }
         Ok(())
     }
 }
@@ -266,10 +308,10 @@ impl Asked {
             let top = |w: &Wanted| ((w.at - first) as u32, w.probe.top.min(vocab) as u32);
             wanted.iter().map(top).collect()
         };
-        let (draws, logits) = (Vec::new(), Vec::new());
+        let (choices, logits) = (Vec::new(), Vec::new());
         if let ([part], true) = (&model.parts[..], model.is_whole()) {
             all.tops = tops(part.vocab.len());
-            return Self { wanted, first, questions: vec![(all, 0)], draws, drawn, logits };
+            return Self { wanted, first, questions: vec![(all, 0)], choices, drawn, logits };
         }
         let part = |part: &RankModel| {
             let tops = tops(part.vocab.len());
@@ -277,21 +319,8 @@ impl Asked {
             (questions, part.vocab.start as u32)
         };
         let questions = model.parts.iter().map(part).collect();
-        if model.is_spread() {
-            return Self { wanted, first, questions, draws, drawn, logits };
-        }
-        let draws = all.samples.chunks(SAMPLED_ROWS).map(|samples| {
-            let mut draw = Draw::default();
-            draw.questions.penalties = all.penalties.clone();
-            draw.questions.rows = samples.len();
-            for args in samples {
-                draw.questions.samples.push(SampleArgs { row: draw.rows.len() as u32, ..*args });
-                draw.rows.push(args.row as usize);
-            }
-            draw
-        });
-        let draws = draws.collect();
-        Self { wanted, first, questions, draws, drawn, logits }
+        let choices = if model.is_spread() { choices } else { Choice::all(&all) };
+        Self { wanted, first, questions, choices, drawn, logits }
     }
 
     /// Has the logits come to the host from which a token is drawn.
@@ -355,7 +384,51 @@ impl Asked {
     }
 }
 
+/// Refuses tokens that a device kept which are not those that are told: the rows behind go on with them.
+fn check_kept(found: &[Vec<Found>], kept: &[u32]) -> Result<(), ExecutorError> {
+    let sampled = found.iter().map(|found| found.last().and_then(|last| last.sampled));
+    for (row, (sampled, kept)) in sampled.zip(kept).enumerate() {
+        if let Some(Scored { token, .. }) = sampled.filter(|sampled| sampled.token != *kept) {
+            let message = format!("GPU: row {row} goes on with token {kept}, and {token} is told");
+            return Err(ExecutorError { message, fatal: true });
+        }
+    }
+    Ok(())
+}
+
 /// The norm is a sum of at least this token's weight; rounding must not make it more than 1.
 fn logprob(logit: f32, found: &TokenFound) -> f32 {
     (logit - found.log_sum_exp).min(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_is_what_is_told() {
+        let found = |sampled: Option<u32>| Found {
+            sampled: sampled.map(|token| Scored { token, logprob: -1.0 }),
+            ..Found::default()
+        };
+        // Rows that are asked nothing, only for a score, and for tokens of which the last one is kept.
+        let rows = [
+            vec![],
+            vec![found(None)],
+            vec![found(Some(4))],
+            vec![found(Some(5)), found(Some(6))],
+            vec![found(Some(7)), found(None)],
+        ];
+        for (kept, said) in [
+            ([9, 9, 4, 6, 9], ""),
+            ([0, 0, 4, 6, 7], ""),
+            ([9, 9, 5, 6, 9], "GPU: row 2 goes on with token 5, and 4 is told"),
+            ([9, 9, 4, 5, 9], "GPU: row 3 goes on with token 5, and 6 is told"),
+        ] {
+            match check_kept(&rows, &kept) {
+                Ok(()) => assert_eq!(said, "", "{kept:?}"),
+                Err(error) => assert_eq!((&*error.message, error.fatal), (said, true)),
+            }
+        }
+    }
 }

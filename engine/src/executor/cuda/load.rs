@@ -171,6 +171,12 @@ impl CudaModel {
         self.parts[..apart].iter().map(|part| &part.device)
     }
 
+    /// Which of [`Self::devices`] each rank has.
+    pub(super) fn places(&self) -> impl Iterator<Item = usize> {
+        let apart = self.collective.spans_devices();
+        (0..self.parts.len()).map(move |rank| if apart { rank } else { 0 })
+    }
+
     /// What activations, keys and values are kept in.
     #[must_use]
     pub fn precision(&self) -> Precision {

@@ -14,7 +14,7 @@ const RUNS: usize = 5;
 pub fn bytes_per_second(model: &CudaModel, bytes: usize) -> Result<f64, CudaError> {
     let device = model.device();
     let mut buffer = device.alloc::<u8>(bytes, "measuring the memory")?;
-    device.zero(&mut buffer)?;
+    device.zero(&mut buffer, bytes)?;
     let mut sink = device.alloc::<u32>(1, "measuring the memory")?;
     let seconds = best(device, || device.read_memory(&buffer, bytes, &mut sink))?;
     Ok(bytes as f64 / seconds)

@@ -125,8 +125,8 @@ pub struct CudaExecutor {
     model: Arc<CudaModel>,
     /// In the order of the model's parts.
     ranks: Vec<Rank>,
-    /// Where tokens are drawn from the logits of several ranks that are all here.
-    drawing: Option<probe::Drawing>,
+    /// Where several ranks' findings come together, on each device; none if they are not all here.
+    gathered: Vec<probe::Gathered>,
     /// A rank's part of a page on its way.
     page_host: Vec<u8>,
     batches: in_flight::Batches,
@@ -179,13 +179,15 @@ impl CudaExecutor {
         let rank = |part| Rank::new(part, model.precision(), limits, chunk_tokens);
         let ranks: Vec<Rank> =
             model.parts.iter().map(rank).collect::<Result<_, _>>().map_err(refused)?;
-        let drawing = match model.is_whole() || model.is_spread() {
-            true => None,
-            false => Some(probe::Drawing::new(&model).map_err(refused)?),
+        let (of, vocab) = (model.of, config.vocab_size);
+        let gathered = |device| probe::Gathered::new(device, of, vocab);
+        let gathered = match model.is_whole() || model.is_spread() {
+            true => Vec::new(),
+            false => model.devices().map(gathered).collect::<Result<_, _>>().map_err(refused)?,
         };
         let batches = in_flight::Batches::new(&model, limits).map_err(refused)?;
         let (page_host, graphs) = (Vec::new(), forward::Graphs::default());
-        Ok(Self { model, ranks, drawing, page_host, graphs, batches, chunk_tokens, limits })
+        Ok(Self { model, ranks, gathered, page_host, graphs, batches, chunk_tokens, limits })
     }
 
     /// The model that it runs.
@@ -205,6 +207,33 @@ impl CudaExecutor {
     pub fn graphs(&self) -> usize {
         self.graphs.recorded()
     }
+
+    /// Has the devices do a batch.
+    fn start(&mut self, rows: &[Row<'_>]) -> Result<(), ExecutorError> {
+        self.limits.check_behind(rows, &self.batches.samples)?;
+        let mut batch = self.batches.begin(rows.len())?;
+        let model = Arc::clone(&self.model);
+        let _turn = model.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let extends = self.ranks[0].kv.extends();
+        for (index, chunk) in plan::chunks(rows, self.chunk_tokens).iter().enumerate() {
+            let planned = plan::plan(rows, chunk, self.limits, extends);
+            self.run(rows, index, &planned, &mut batch).map_err(lost)?;
+        }
+        self.tell_kept(&batch).map_err(lost)?;
+        let done = model.devices().map(Device::timer).collect::<Result<_, _>>().map_err(lost)?;
+        self.batches.push(batch, rows, done);
+        Ok(())
+    }
+
+    /// What came of something; after a fatal error other devices may wait for one that failed, and no sum
+    /// is worth waiting for. (Where other processes have ranks, their pulse ends the sums.)
+    fn or_give_up<T>(&mut self, result: Result<T, ExecutorError>) -> Result<T, ExecutorError> {
+        if result.as_ref().is_err_and(|error| error.fatal) && !self.model.is_spread() {
+            self.graphs = forward::Graphs::default();
+            self.model.collective.give_up();
+        }
+        result
+    }
 }
 
 impl Executor for CudaExecutor {
@@ -222,10 +251,10 @@ impl Executor for CudaExecutor {
     }
 
     fn pipeline(&mut self) -> Option<&mut dyn Pipeline> {
-        // What several ranks choose is known on the host, when it has joined what they found.
-        match self.model.is_whole() {
-            true => Some(self),
-            false => None,
+        // What ranks of several processes choose is known on the leader's host alone.
+        match self.model.is_spread() {
+            true => None,
+            false => Some(self),
         }
     }
 
@@ -245,21 +274,12 @@ impl Executor for CudaExecutor {
 
 impl Pipeline for CudaExecutor {
     fn submit(&mut self, rows: &[Row<'_>]) -> Result<(), ExecutorError> {
-        self.limits.check_behind(rows, &self.batches.samples)?;
-        let mut batch = self.batches.begin(rows.len())?;
-        let model = Arc::clone(&self.model);
-        let _turn = model.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let extends = self.ranks[0].kv.extends();
-        for (index, chunk) in plan::chunks(rows, self.chunk_tokens).iter().enumerate() {
-            let planned = plan::plan(rows, chunk, self.limits, extends);
-            self.run(rows, index, &planned, &mut batch).map_err(lost)?;
-        }
-        let done = model.devices().map(Device::timer).collect::<Result<_, _>>().map_err(lost)?;
-        self.batches.push(batch, rows, done);
-        Ok(())
+        let submitted = self.start(rows);
+        self.or_give_up(submitted)
     }
 
     fn collect(&mut self) -> Result<Vec<Vec<Found>>, ExecutorError> {
-        self.batches.collect()
+        let found = self.batches.collect();
+        self.or_give_up(found)
     }
 }

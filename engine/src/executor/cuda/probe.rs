@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 
 use headstart_kernels::VocabStats;
 use headstart_kernels::cuda::{
-    AskRoom, Buffer, CudaError, Device, Pinned, Questions, Rows, SampleArgs, TokenFound,
+    AskRoom, Buffer, CudaError, Device, Facts, Keep, Pinned, Questions, Rows, SampleArgs,
+    TokenFound,
 };
 
 use super::Rank;
+use super::collective::Piece;
 use super::load::{CudaModel, RankModel};
 use super::plan::GRAPH_ROWS_MAX;
 use crate::core::sampling::Sampling;
@@ -19,6 +21,9 @@ pub(super) const SAMPLED_ROWS: usize = 32;
 
 /// Rows of logits that exist at once.
 pub(super) const ROWS: usize = GRAPH_ROWS_MAX;
+
+/// Values that are found of a row.
+const FACTS: usize = 4;
 
 /// A rank's buffers, kept from call to call.
 #[derive(Debug)]
@@ -38,67 +43,128 @@ impl Scratch {
         Ok(Self {
             logits: device.alloc(ROWS * vocab, "logits")?,
             parts: device.alloc(Device::vocab_parts(ROWS, vocab), "logits")?,
-            found: device.alloc(4 * ROWS, "logits")?,
+            found: device.alloc(FACTS * ROWS, "logits")?,
             ask: AskRoom::new(device, ROWS, vocab, sampled)?,
         })
     }
 }
 
-/// Tokens that are drawn together from the logits of several ranks.
-#[derive(Debug, Default)]
-pub(super) struct Draw {
-    /// The rows of logits, one for each sample.
+/// Tokens that are chosen from what several ranks found, on each device alike.
+#[derive(Debug, PartialEq)]
+pub(super) struct Choice {
+    /// The rows of logits that come together, one for each sample.
     pub(super) rows: Vec<usize>,
-    /// Its samples are of rows `0..rows.len()`.
+    /// Its samples are of rows `0..rows.len()` of these; what is kept and not drawn is of any row.
     pub(super) questions: Questions,
 }
 
-/// Where rows of logits come together from several ranks, on the first rank's device. Other rows never
-/// do.
-#[derive(Debug)]
-pub(super) struct Drawing {
-    /// `[SAMPLED_ROWS][vocab]`.
-    gathered: Buffer<f32>,
-    ask: AskRoom,
-    host: Vec<f32>,
+impl Choice {
+    /// What is drawn and kept of `all`, so much at a time as there is room for.
+    pub(super) fn all(all: &Questions) -> Vec<Self> {
+        let kept = usize::from(!all.keep.is_empty());
+        let choices = all.samples.len().div_ceil(SAMPLED_ROWS).max(kept);
+        (0..choices).map(|index| Self::new(all, index)).collect()
+    }
+
+    fn new(all: &Questions, index: usize) -> Self {
+        let first = index * SAMPLED_ROWS;
+        let drawn = first..(first + SAMPLED_ROWS).min(all.samples.len());
+        let keep = all.keep.iter().filter_map(|keep| match keep.drawn {
+            true if drawn.contains(&(keep.at as usize)) => {
+                Some(Keep { at: keep.at - first as u32, ..*keep })
+            }
+            false if index == 0 => Some(*keep),
+            _ => None,
+        });
+        let samples = || all.samples[drawn.clone()].iter().enumerate();
+        let questions = Questions {
+            samples: samples().map(|(row, args)| SampleArgs { row: row as u32, ..*args }).collect(),
+            penalties: all.penalties.clone(),
+            keep: keep.collect(),
+            ..Questions::default()
+        };
+        Self { rows: samples().map(|(_, args)| args.row as usize).collect(), questions }
+    }
 }
 
-impl Drawing {
-    pub(super) fn new(model: &CudaModel) -> Result<Self, CudaError> {
-        let (device, vocab) = (model.device(), model.config.vocab_size);
+/// Where what several ranks found comes together, on one device: the facts of all rows of logits, and
+/// those rows from which a token is drawn. Other rows never do.
+#[derive(Debug)]
+pub(super) struct Gathered {
+    /// `[ranks][rows]`, of as many rows as were looked at.
+    facts: Buffer<f32>,
+    /// `[SAMPLED_ROWS][vocab]`.
+    logits: Buffer<f32>,
+    ask: AskRoom,
+}
+
+impl Gathered {
+    pub(super) fn new(device: &Device, ranks: usize, vocab: usize) -> Result<Self, CudaError> {
         Ok(Self {
-            gathered: device.alloc(SAMPLED_ROWS * vocab, "sampling")?,
-            ask: AskRoom::new(device, SAMPLED_ROWS, vocab, SAMPLED_ROWS)?,
-            host: Vec::new(),
+            facts: device.alloc(FACTS * ranks * ROWS, "sampling")?,
+            logits: device.alloc(SAMPLED_ROWS * vocab, "sampling")?,
+            ask: AskRoom::new(device, ROWS, vocab, SAMPLED_ROWS)?,
         })
     }
 
-    /// Has the tokens drawn, by way of `asked`; `answers` gets them.
-    pub(super) fn draw(
+    /// Has the tokens of a choice chosen from what is here, `rows` rows of each rank, by way of `asked`;
+    /// `answers` gets those that are drawn.
+    pub(super) fn choose(
         &mut self,
         model: &CudaModel,
-        ranks: &[Rank],
-        draw: &Draw,
+        device: &Device,
+        (choice, rows): (&Choice, usize),
         [asked, answers]: [&mut Pinned<u32>; 2],
         kept: &mut Buffer<u32>,
     ) -> Result<(), CudaError> {
-        let (device, vocab) = (model.device(), model.config.vocab_size);
-        for (to, row) in draw.rows.iter().enumerate() {
-            for (part, rank) in model.parts.iter().zip(ranks) {
-                let (from, len) = (row * part.vocab.len(), part.vocab.len());
-                let (logits, at) = (&rank.probes.logits, to * vocab + part.vocab.start);
-                if model.collective.spans_devices() {
-                    self.host.resize(len, 0.0);
-                    part.device.read(logits, from, &mut self.host)?;
-                    device.write(&mut self.gathered, at, &self.host)?;
-                } else {
-                    device.copy(logits, from, &mut self.gathered, at, len)?;
-                }
-            }
-        }
-        let (logits, found) = ((&self.gathered, vocab), &ranks[0].probes.found);
-        device.ask(&draw.questions, logits, found, &mut self.ask, asked, answers, kept)
+        let facts = Facts { found: &self.facts, ranks: model.of, rows };
+        let logits = (&self.logits, model.config.vocab_size);
+        device.ask(&choice.questions, logits, facts, &mut self.ask, asked, answers, kept)
     }
+}
+
+/// Brings the facts of `count` rows together.
+pub(super) fn gather_facts(
+    model: &CudaModel,
+    ranks: &[Rank],
+    gathered: &mut [Gathered],
+    count: usize,
+) -> Result<(), CudaError> {
+    if gathered.is_empty() {
+        return Ok(());
+    }
+    let len = FACTS * count;
+    let pieces = model.parts.iter().zip(ranks).enumerate().map(|(index, (part, rank))| {
+        let from = &rank.probes.found;
+        (&part.device, [Piece { from, at: 0, to: index * len, len }])
+    });
+    let mut to: Vec<_> = gathered.iter_mut().map(|gathered| &mut gathered.facts).collect();
+    model.collective.gather(pieces, &mut to, ranks.len() * len)
+}
+
+/// Brings rows of logits together, in their order.
+pub(super) fn gather_logits(
+    model: &CudaModel,
+    ranks: &[Rank],
+    gathered: &mut [Gathered],
+    rows: &[usize],
+) -> Result<(), CudaError> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let vocab = model.config.vocab_size;
+    let pieces = model.parts.iter().zip(ranks).map(|(part, rank)| {
+        let (from, start, len) = (&rank.probes.logits, part.vocab.start, part.vocab.len());
+        let piece = move |(to, row): (usize, &usize)| Piece {
+            from,
+            at: row * len,
+            to: to * vocab + start,
+            len,
+        };
+        (&part.device, rows.iter().enumerate().map(piece))
+    });
+    let mut to: Vec<_> = gathered.iter_mut().map(|gathered| &mut gathered.logits).collect();
+    model.collective.gather(pieces, &mut to, rows.len() * vocab)
 }
 
 /// A rank's part of the final norm, head and facts of the logits of `count` probes from `first` on. A
@@ -182,4 +248,52 @@ fn penalise(history: &[TokenId], sampling: &Sampling, penalties: &mut Vec<(Token
     }
     let taken = |count: u32| sampling.presence_penalty + sampling.frequency_penalty * count as f32;
     penalties.extend(counts.into_iter().map(|(token, count)| (token, taken(count))));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 70 samples, of every second row, come as 32, 32 and 6; what is not drawn is kept with the first.
+    #[test]
+    fn choices_are_as_many_as_there_is_room_for() {
+        let mut all = Questions { rows: 200, ..Questions::default() };
+        for at in 0..70 {
+            let sampling = Sampling { seed: at as u64, ..Sampling::default() };
+            all.samples.push(sample_args(&sampling, 5, 2 * at, 0, 1));
+            all.keep.push(Keep { place: 100 + at as u32, at: at as u32, drawn: true });
+            all.keep.push(Keep { place: 200 + at as u32, at: 2 * at as u32 + 1, drawn: false });
+        }
+        all.penalties = vec![(3, 0.5)];
+        let choices = Choice::all(&all);
+        let sizes: Vec<_> =
+            choices.iter().map(|c| (c.rows.len(), c.questions.keep.len())).collect();
+        assert_eq!(sizes, [(32, 32 + 70), (32, 32), (6, 6)]);
+        for (index, Choice { rows, questions }) in choices.iter().enumerate() {
+            assert_eq!((questions.rows, questions.tops.len()), (0, 0));
+            assert_eq!(questions.penalties, all.penalties);
+            for (row, args) in questions.samples.iter().enumerate() {
+                let at = 32 * index + row;
+                assert_eq!((rows[row], args.row as usize, args.seed as usize), (2 * at, row, at));
+            }
+            for keep in &questions.keep {
+                let (place, at) = (keep.place as usize, keep.at as usize);
+                let expected = if keep.drawn { 100 + 32 * index + at } else { 200 + at / 2 };
+                assert_eq!(place, expected, "{keep:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn there_is_no_choice_where_nothing_is_chosen() {
+        let none = Questions { rows: 3, ..Questions::default() };
+        assert_eq!(Choice::all(&none), []);
+        let greedy = Keep { place: 0, at: 2, drawn: false };
+        let one = Choice::all(&Questions { keep: vec![greedy], ..none.clone() });
+        assert_eq!((one.len(), &one[0].questions.keep[..]), (1, &[greedy][..]));
+        // What is drawn for nobody behind is drawn all the same.
+        let drawn = sample_args(&Sampling::default(), 0, 2, 0, 0);
+        let one = Choice::all(&Questions { samples: vec![drawn], ..none });
+        assert_eq!((one.len(), &one[0].rows[..]), (1, &[2][..]));
+    }
 }

@@ -1,7 +1,7 @@
 //! What is asked and answered while the host goes on, against what it waits for.
 
 use super::*;
-use crate::cuda::{AskRoom, Keep, Questions, SampleArgs};
+use crate::cuda::{AskRoom, Facts, Keep, Questions, SampleArgs};
 
 #[test]
 fn shared_memory_is_there_when_it_is_looked_at_and_not_before() {
@@ -78,9 +78,9 @@ fn many_questions_at_once_are_answered_as_one_by_one() {
         let mut asked = device.pinned(questions.words(), "questions").expect("memory");
         let mut answers = device.pinned(questions.answer_words(), "answers").expect("memory");
         let mut kept = device.upload(&vec![u32::MAX; rows], "tokens").expect("memory");
-        let of = (&logits, vocab);
+        let (of, facts) = ((&logits, vocab), Facts { found: &found, ranks: 1, rows });
         device
-            .ask(&questions, of, &found, &mut room, &mut asked, &mut answers, &mut kept)
+            .ask(&questions, of, facts, &mut room, &mut asked, &mut answers, &mut kept)
             .expect("a launch");
         device.take_tokens(&mut staged, &kept).expect("a launch");
         let answers = questions.read(answers.wait_for().expect("answers"));
@@ -120,4 +120,51 @@ fn what_is_no_token_is_not_taken() {
     let mut words = vec![9; 2];
     device.read(&staged.data, 0, &mut words).expect("a copy");
     assert_eq!(words, [4, 0]);
+}
+
+/// What several ranks found, of which each has a part of the vocabulary: the greatest logit is the
+/// earliest rank's that has it. Nothing is told, only kept; what is no number is nowhere the greatest.
+#[test]
+fn the_likeliest_token_of_several_ranks_is_kept() {
+    let (none, nan) = (f32::NEG_INFINITY, f32::NAN);
+    // Each rank's greatest logit, and who has the greatest of two and of three ranks.
+    let rows = [
+        ([3.0, 2.0, 1.0], [0, 0]),
+        ([1.0, 3.0, 2.0], [1, 1]),
+        ([1.0, 2.0, 3.0], [1, 2]),
+        ([2.0, 2.0, 2.0], [0, 0]),
+        ([1.0, 2.0, 2.0], [1, 1]),
+        ([2.0, 1.0, 2.0], [0, 0]),
+        ([-0.0, 0.0, -1.0], [0, 0]),
+        ([none, none, none], [0, 0]),
+        ([none, -9e9, none], [1, 1]),
+        ([-3.0, nan, -2.0], [0, 2]),
+    ];
+    let device = device();
+    for ranks in 1..=3 {
+        let facts = (0..ranks).flat_map(|rank| {
+            let token = move |row: usize| f32::from_bits((100 * rank + row) as u32);
+            let maxima = rows.iter().enumerate();
+            maxima.flat_map(move |(row, (maxima, _))| [token(row), maxima[rank], 0.0, nan])
+        });
+        let found = upload(&device, &facts.collect::<Vec<_>>());
+        let keep = |row: usize| Keep { place: (2 * row) as u32, at: row as u32, drawn: false };
+        let keep: Vec<Keep> = (0..rows.len()).map(keep).collect();
+        let questions = Questions { keep, ..Questions::default() };
+        let mut room = AskRoom::new(&device, 1, 1, 1).expect("memory");
+        let mut asked = device.pinned(questions.words(), "questions").expect("memory");
+        let mut answers = device.pinned(1, "answers").expect("memory");
+        let mut kept = device.upload(&vec![7; 2 * rows.len()], "tokens").expect("memory");
+        let (of, facts) = ((&found, 1), Facts { found: &found, ranks, rows: rows.len() });
+        device
+            .ask(&questions, of, facts, &mut room, &mut asked, &mut answers, &mut kept)
+            .expect("a launch");
+        let mut words = vec![0; 2 * rows.len()];
+        device.read(&kept, 0, &mut words).expect("a copy");
+        for (row, (words, (_, best))) in words.chunks(2).zip(&rows).enumerate() {
+            let best = if ranks == 1 { 0 } else { best[ranks - 2] };
+            assert_eq!(words, [100 * best + row as u32, 7], "row {row}, {ranks} ranks");
+        }
+        assert_eq!(answers.wait_for().expect("answers"), [0], "nothing is told");
+    }
 }

@@ -44,6 +44,35 @@ fn one_thread_sums_over_its_devices() {
     }
 }
 
+/// Every bit of what one rank has comes to all: tiny numbers, a negative zero and what is no number too.
+#[test]
+fn one_thread_gathers_from_its_devices() {
+    let all = devices();
+    let own = |rank| {
+        let mut bits = [0x3fc0_0000, 0x8000_0000, 7, 0x7fc0_0000, 0xff80_0000, 0xffff_fff1];
+        bits.rotate_left(rank);
+        bits
+    };
+    for devices in (1..=all.len()).map(|count| &all[..count]) {
+        let ends = Communicators::new(devices).expect("NCCL is there");
+        let (ranks, len) = (devices.len(), own(0).len());
+        let mut buffers: Vec<_> =
+            devices.iter().map(|device| upload(device, &vec![9.0; ranks * len + 1])).collect();
+        for (rank, (device, buffer)) in devices.iter().zip(&mut buffers).enumerate() {
+            device.zero(buffer, ranks * len).expect("zeros");
+            let own = own(rank).map(f32::from_bits);
+            device.write(buffer, rank * len, &own).expect("a copy");
+        }
+        let mut parts: Vec<_> = buffers.iter_mut().collect();
+        ends.all_gather(&mut parts, ranks * len).expect("all come");
+        let expected: Vec<u32> = (0..ranks).flat_map(own).chain([9f32.to_bits()]).collect();
+        for (device, buffer) in devices.iter().zip(&buffers) {
+            let got: Vec<u32> = read(device, buffer).into_iter().map(f32::to_bits).collect();
+            assert_eq!(got, expected, "{ranks} ranks");
+        }
+    }
+}
+
 #[test]
 fn threads_sum_with_each_other() {
     let (devices, mut rng) = (devices(), Rng::new(72));
