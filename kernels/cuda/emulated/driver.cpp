@@ -6,6 +6,7 @@
 // addresses.
 #include "streams.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <csignal>
@@ -317,7 +318,15 @@ static void run_device(int device) {
             if (stream->device == device) of.push_back(stream);
         }
     }
-    for (auto stream : of) run_all(stream);
+    // Other threads may have destroyed theirs by now.
+    auto over = [](Stream* stream) {
+        return std::find(streams.begin(), streams.end(), stream) == streams.end() ||
+               try_until(stream, ~0ull);
+    };
+    wait_until("a device that waits for other ranks in vain", [&] {
+        of.erase(std::remove_if(of.begin(), of.end(), over), of.end());
+        return of.empty();
+    });
 }
 /// Work that is done when it has run.
 static int enqueue_now(void* stream, std::function<void()> work) {
