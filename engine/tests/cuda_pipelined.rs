@@ -215,7 +215,7 @@ fn write(executor: &mut CudaExecutor, ahead: bool, steps: usize) -> Vec<Vec<Vec<
         let probes: Vec<_> = ends.iter().map(probe).collect();
         let pages: Vec<_> = (0..44).map(|row| [PageId(row)]).collect();
         // The rows of every other batch are in another order.
-        let order = |step: usize, at: usize| if step % 2 == 0 { at } else { 43 - at };
+        let order = |step: usize, at: usize| if step.is_multiple_of(2) { at } else { 43 - at };
         let row = |at: usize| {
             let row = order(step, at);
             Row {

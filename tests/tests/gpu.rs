@@ -164,7 +164,9 @@ fn answers(bases: [On; 2]) -> (Vec<Value>, f64) {
     let mut all: Vec<&mut Process> = parts.iter_mut().collect();
     all.push(&mut router);
     wait_ready(&client, &mut all);
-    until("the router knows the writer", || client.bases_up("decode") == Some(1));
+    for role in ["score", "decode"] {
+        until("the router knows both bases", || client.bases_up(role) == Some(1));
+    }
     let ask = |name: &&str| answer(&client, &story(name, 60));
     let answers = ["girl", "bear", "fox"].iter().map(ask).collect();
     let moved = counter(&metrics, "headstart_base_kv_moved_total");
