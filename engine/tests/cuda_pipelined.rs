@@ -8,8 +8,9 @@ mod common;
 
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
+use common::watched::Watched;
 use common::{cuda_devices, sample_at, sampling, tiny, tokens};
 use headstart_engine::core::pages::PageId;
 use headstart_engine::core::scheduler::SequenceId;
@@ -45,47 +46,6 @@ impl Executor for OneByOne {
 
     fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
         self.0.execute(rows)
-    }
-}
-
-/// What is seen of the batches of an executor.
-#[derive(Clone, Copy, Debug, Default)]
-struct Seen {
-    in_flight: usize,
-    in_flight_max: usize,
-    pending_rows: usize,
-}
-
-/// An executor that is looked at.
-struct Watched(CudaExecutor, Arc<Mutex<Seen>>);
-
-impl Executor for Watched {
-    fn limits(&self) -> Limits {
-        self.0.limits()
-    }
-
-    fn execute(&mut self, _: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
-        panic!("batches are submitted")
-    }
-
-    fn pipeline(&mut self) -> Option<&mut dyn Pipeline> {
-        Some(self)
-    }
-}
-
-impl Pipeline for Watched {
-    fn submit(&mut self, rows: &[Row<'_>]) -> Result<(), ExecutorError> {
-        self.0.pipeline().expect("it pipelines").submit(rows)?;
-        let mut seen = self.1.lock().expect("nobody panicked");
-        seen.in_flight += 1;
-        seen.in_flight_max = seen.in_flight_max.max(seen.in_flight);
-        seen.pending_rows += rows.iter().filter(|row| row.pending.is_some()).count();
-        Ok(())
-    }
-
-    fn collect(&mut self) -> Result<Vec<Vec<Found>>, ExecutorError> {
-        self.1.lock().expect("nobody panicked").in_flight -= 1;
-        self.0.collect()
     }
 }
 
@@ -183,9 +143,9 @@ fn pipelined_steps_give_the_same_answers() {
         let mut alone = None;
         for ranks in all {
             let model = on_cuda(&tiny(name), ranks);
-            let seen = Arc::<Mutex<Seen>>::default();
+            let (watched, seen) = Watched::new(executor(&model));
             let (expected, plain) = served(Box::new(OneByOne(executor(&model))));
-            let (told, pipelined) = served(Box::new(Watched(executor(&model), Arc::clone(&seen))));
+            let (told, pipelined) = served(watched);
             for (request, (told, expected)) in told.iter().zip(&expected).enumerate() {
                 assert_eq!(told, expected, "{name}, {ranks:?}, request {request}");
             }
@@ -358,10 +318,9 @@ fn a_model_whose_second_gpu_fails() {
     if std::env::var_os(FAULT).is_none() {
         return;
     }
-    let seen = Arc::<Mutex<Seen>>::default();
     let model = on_cuda(&tiny("qwen3"), Ranks::Devices(2));
-    let watched = Watched(executor(&model), Arc::clone(&seen));
-    let mut engine = Engine::new(Box::new(watched), 24);
+    let (watched, seen) = Watched::new(executor(&model));
+    let mut engine = Engine::new(watched, 24);
     let ids = [4, 5].map(|seed| engine.add(request(tokens(seed, 5), 100, Sampling::default())));
     let (events, error) = loop {
         if let (events, Err(error)) = engine.step() {

@@ -1,11 +1,13 @@
 //! An executor that has the next step before the last one is collected gives the answers of one that
 //! does not, and the engine keeps its contract: see the checks of `FakeExecutor`.
 
-use std::sync::{Arc, Mutex};
+mod common;
 
+use std::sync::Arc;
+
+use common::watched::Watched;
 use headstart_engine::core::scheduler::SequenceId;
 use headstart_engine::executor::fake::{FakeExecutor, FakeOptions};
-use headstart_engine::executor::{ExecutorError, Found, Pipeline, Row};
 use headstart_engine::step::Engine;
 use headstart_engine::{
     DraftPolicy, EngineHandle, EngineOptions, Event, Executor, Finish, Judged, Known, Limits,
@@ -181,58 +183,6 @@ fn drafted(prompt: &[TokenId], length: usize) -> Vec<TokenId> {
         context.push(drafter.next_token(&context));
     }
     context.split_off(prompt.len())
-}
-
-/// The executor, and what it sees.
-struct Watched {
-    inner: FakeExecutor,
-    seen: Arc<Mutex<Seen>>,
-}
-
-#[derive(Debug, Default)]
-struct Seen {
-    in_flight: usize,
-    in_flight_max: usize,
-    batches: usize,
-    pending_rows: usize,
-}
-
-impl Watched {
-    fn new(inner: FakeExecutor) -> (Box<Self>, Arc<Mutex<Seen>>) {
-        let seen = Arc::<Mutex<Seen>>::default();
-        (Box::new(Self { inner, seen: Arc::clone(&seen) }), seen)
-    }
-}
-
-impl Executor for Watched {
-    fn limits(&self) -> Limits {
-        self.inner.limits()
-    }
-
-    fn execute(&mut self, _: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
-        panic!("batches are submitted")
-    }
-
-    fn pipeline(&mut self) -> Option<&mut dyn Pipeline> {
-        Some(self)
-    }
-}
-
-impl Pipeline for Watched {
-    fn submit(&mut self, rows: &[Row<'_>]) -> Result<(), ExecutorError> {
-        self.inner.submit(rows)?;
-        let mut seen = self.seen.lock().expect("nobody panicked");
-        seen.batches += 1;
-        seen.in_flight += 1;
-        seen.in_flight_max = seen.in_flight_max.max(seen.in_flight);
-        seen.pending_rows += rows.iter().filter(|row| row.pending.is_some()).count();
-        Ok(())
-    }
-
-    fn collect(&mut self) -> Result<Vec<Vec<Found>>, ExecutorError> {
-        self.seen.lock().expect("nobody panicked").in_flight -= 1;
-        self.inner.collect()
-    }
 }
 
 proptest! {
