@@ -14,6 +14,8 @@ pub(super) const QUERIES: usize = 24;
 pub(super) const LANES: usize = 16;
 /// Keys whose weights are computed together.
 pub(super) const KEYS: usize = 64;
+/// Bytes that come from memory together.
+const CACHE_LINE: usize = 64;
 
 /// `rows` neighbouring positions from `first` on, `heads` neighbouring query heads each.
 pub(super) struct Block<'a> {
@@ -199,6 +201,7 @@ fn keys<L: lanes::Lanes, const FMA: bool, E: Element>(
 ) {
     let shape = block.kv.shape();
     let (dim, page_size) = (shape.head_dim, shape.page_size);
+    let line = CACHE_LINE / size_of::<E>();
     for b in from..to {
         let at = b * KEYS;
         let (mut first, mut last) = (KEYS, 0);
@@ -211,12 +214,21 @@ fn keys<L: lanes::Lanes, const FMA: bool, E: Element>(
         }
         // Sixteen keys are of one page, the next sixteen may be of another.
         let parts = first / LANES..last.div_ceil(LANES);
-        let place = |part: usize| {
-            let (page, slot) = ((at + part * LANES) / page_size, (at + part * LANES) % page_size);
+        let place_at = |at: usize| {
+            let (page, slot) = (at / page_size, at % page_size);
             let (keys, values) = block.kv.head(block.layer, block.pages[page], block.kv_head);
             (&data[keys][slot..], &data[values][slot * dim..(slot + LANES) * dim])
         };
+        let place = |part: usize| place_at(at + part * LANES);
+        // Pages lie anywhere, so no hardware guesses the next one.
+        let next = |part: usize| {
+            let at = at + KEYS + part * LANES;
+            (at < block.first + block.rows).then(|| place_at(at))
+        };
         for part in parts.clone() {
+            if let Some((keys, _)) = next(part) {
+                keys.chunks(line).for_each(L::fetch);
+            }
             score_all::<L, E>(&state.q, dim, place(part).0, page_size, part, &mut state.scores);
         }
         if let Some(cap) = block.softcap {
@@ -226,6 +238,9 @@ fn keys<L: lanes::Lanes, const FMA: bool, E: Element>(
         }
         weigh::<L, FMA>(state, dim);
         for part in parts {
+            if let Some((_, values)) = next(part) {
+                values.chunks(line).for_each(L::fetch);
+            }
             gather::<L, E>(state, dim, place(part).1, part);
         }
     }

@@ -60,6 +60,9 @@ impl Element for f16 {
 /// `keys` is `[dim][stride]`, `values` `[16][dim]`; scores and weights of a query are
 /// `[part][lane]`, the part of 16 being `part`.
 pub(super) trait Lanes {
+    /// Asks for the cache line in which `elements` begin, ahead of its use.
+    fn fetch<E: Element>(elements: &[E]);
+
     /// `scores[i] = q[i] · keys` for `N` queries: a chain of products over the even and one over the
     /// odd elements, then their sum.
     fn score<const N: usize, E: Element>(
@@ -91,6 +94,9 @@ pub(super) trait Lanes {
 pub(super) struct Plain<const FMA: bool>;
 
 impl<const FMA: bool> Lanes for Plain<FMA> {
+    #[inline(always)]
+    fn fetch<E: Element>(_: &[E]) {}
+
     #[inline(always)]
     fn score<const N: usize, E: Element>(
         q: &[f32],
@@ -166,6 +172,12 @@ mod avx512 {
     pub(in super::super) struct Avx512;
 
     impl Lanes for Avx512 {
+        #[inline(always)]
+        fn fetch<E: Element>(elements: &[E]) {
+            // SAFETY: fetching is harmless anywhere.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(elements.as_ptr().cast()) };
+        }
+
         #[inline(always)]
         fn score<const N: usize, E: Element>(
             q: &[f32],

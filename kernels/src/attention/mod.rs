@@ -135,11 +135,12 @@ fn check(args: &AttentionArgs<'_>) -> usize {
     args.heads / s.kv_heads
 }
 
-/// Cuts the batch into tasks: whole head groups if there are plenty of them, else single heads.
+/// Cuts the batch into tasks: whole head groups, or single heads where threads would have nothing.
 fn plan(pool: &ThreadPool, args: &AttentionArgs<'_>, group: usize) -> Vec<Task> {
     let whole = (QUERIES / group).max(1);
     let blocks: usize = args.seqs.iter().map(|s| s.rows.div_ceil(whole)).sum();
-    let few = blocks * args.kv.shape().kv_heads < 4 * pool.threads();
+    // Single heads read the same keys and values several times over.
+    let few = blocks * args.kv.shape().kv_heads < pool.threads();
     let heads = if few || group > QUERIES { 1 } else { group };
     let rows = (QUERIES / heads).max(1);
     let mut tasks = Vec::new();
