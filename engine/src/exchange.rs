@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::core::pages::{Page, PageId, PageTable};
+use crate::core::prefix::{NodeId, ROOT};
 use crate::executor::TokenId;
 use crate::runner::Command;
 
@@ -279,24 +280,24 @@ impl Wake {
     }
 }
 
-/// The pages that one [`Import`] has brought.
+/// The pages that one [`Import`] has brought, under their names in the prefix cache. Each is held, so
+/// the cache gives none of them up.
 #[derive(Debug)]
 pub(crate) struct Imported {
     pub(crate) dropped: Arc<AtomicBool>,
-    pub(crate) tokens: Vec<TokenId>,
-    pub(crate) pages: PageTable,
+    pub(crate) pages: Vec<(NodeId, Page)>,
 }
 
 impl Imported {
     pub(crate) fn new(dropped: Arc<AtomicBool>) -> Self {
-        Self { dropped, tokens: Vec::new(), pages: PageTable::default() }
+        Self { dropped, pages: Vec::new() }
     }
 
-    /// Forgets the pages from `index` on. False: there are fewer.
-    pub(crate) fn cut(&mut self, index: usize, page_size: usize) -> bool {
+    /// Forgets the pages from `index` on, and says which one is the last. `None`: there are fewer.
+    pub(crate) fn cut(&mut self, index: usize) -> Option<NodeId> {
         self.pages.truncate(index);
-        self.tokens.truncate(index * page_size);
-        self.pages.len() == index
+        let last = self.pages.last().map_or(ROOT, |&(node, _)| node);
+        (self.pages.len() == index).then_some(last)
     }
 }
 

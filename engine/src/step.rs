@@ -186,38 +186,23 @@ impl Engine {
         if page.tokens.len() != page_size {
             return Err(ImportError::Size);
         }
-        if !import.cut(page.index, page_size) {
-            return Err(ImportError::Gap);
-        }
-        import.tokens.extend_from_slice(&page.tokens);
-        let mut cached = self.prefixes.lookup(&import.tokens);
-        if cached.len() > page.index {
-            import.pages.push(cached.swap_remove(page.index));
+        let parent = import.cut(page.index).ok_or(ImportError::Gap)?;
+        if let Some((node, cached)) = self.prefixes.behind(parent, &page.tokens) {
+            import.pages.push((node, cached));
             return Ok(());
         }
-        let mut written = || {
-            // Each request may need a page at any moment.
-            if self.pool.free() + self.pool.idle() <= self.sequences.len() {
-                return Err(ImportError::NoRoom);
-            }
-            let free = take_page(&self.pool, &mut self.prefixes).ok_or(ImportError::NoRoom)?;
-            self.executor.write_page(free.id(), &page.data).map_err(|error| {
-                tracing::warn!(%error, "a KV page could not be written");
-                ImportError::Failed
-            })?;
-            Ok(free)
-        };
-        match written() {
-            Ok(page) => {
-                import.pages.push(page);
-                self.prefixes.insert(&import.tokens, &import.pages);
-                Ok(())
-            }
-            Err(error) => {
-                import.cut(page.index, page_size);
-                Err(error)
-            }
+        // Each request may need a page at any moment.
+        if self.pool.free() + self.pool.idle() <= self.sequences.len() {
+            return Err(ImportError::NoRoom);
         }
+        let free = take_page(&self.pool, &mut self.prefixes).ok_or(ImportError::NoRoom)?;
+        self.executor.write_page(free.id(), &page.data).map_err(|error| {
+            tracing::warn!(%error, "a KV page could not be written");
+            ImportError::Failed
+        })?;
+        let node = self.prefixes.add(parent, &page.tokens, &free);
+        import.pages.push((node, free));
+        Ok(())
     }
 
     /// Gives up what imports hold that are over.

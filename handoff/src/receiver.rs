@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use headstart_engine::{Import, ImportError, KvFormat, Writing};
 use headstart_proto::{Epoch, RequestId};
-use tokio::io::AsyncRead;
+use tokio::io::{AsyncRead, BufReader};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -16,6 +16,9 @@ use crate::wire::{self, Hello, ReceiverFrame, Refusal, SenderFrame, WireError};
 
 /// Pages on their way into the engine, at most.
 const WRITE_BEHIND: usize = 3;
+
+/// Bytes that are read ahead of a frame.
+const HEAD_BYTES: usize = 4 << 10;
 
 /// Whose pages are wanted, and where they are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,7 +114,9 @@ impl Pull<'_> {
     async fn run(&self, transport: &dyn KvTransport, source: &Source) -> Result<(), PullError> {
         let connecting = timeout(self.times.handshake, transport.connect(&source.address)).await;
         let stream = connecting.map_err(|_| PullError::Stalled)?.map_err(PullError::Connect)?;
-        let (mut read, mut write) = tokio::io::split(stream);
+        let (read, mut write) = tokio::io::split(stream);
+        // A frame's head, and what comes with it, in one go; pages go past the buffer.
+        let mut read = BufReader::with_capacity(HEAD_BYTES, read);
         let hello = Hello {
             request_id: source.request_id.clone(),
             epoch: source.epoch,

@@ -15,6 +15,7 @@
 
 use std::time::Duration;
 
+use bytes::Buf;
 use headstart_engine::{KvDtype, KvFormat, KvLayout, ModelHash, TokenId};
 use headstart_proto::{Epoch, RequestId};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -234,8 +235,8 @@ pub async fn write_page(
     head.extend((position as u32).to_le_bytes());
     head.extend(checksum(position, tokens, data).to_le_bytes());
     tokens.iter().for_each(|token| head.extend(token.to_le_bytes()));
-    stream.write_all(&head).await?;
-    stream.write_all(data).await?;
+    // In one go: a head alone would wake the receiver for nothing.
+    stream.write_all_buf(&mut Buf::chain(head.as_slice(), data)).await?;
     stream.flush().await
 }
 

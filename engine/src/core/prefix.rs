@@ -12,9 +12,10 @@ use super::scheduler::SequenceId;
 use super::sequence::Sequence;
 use crate::executor::TokenId;
 
-/// Names a node of the tree; the root is 0.
-type NodeId = u64;
-const ROOT: NodeId = 0;
+/// Names a node of the tree, and with it all tokens up to the end of its page.
+pub type NodeId = u64;
+/// The tree's root: no tokens.
+pub const ROOT: NodeId = 0;
 
 #[derive(Debug)]
 struct Node {
@@ -75,6 +76,14 @@ impl PrefixCache {
             parent = id;
         }
         pages
+    }
+
+    /// The cached page of `tokens`, a page's size of them, behind those of `parent`.
+    pub fn behind(&mut self, parent: NodeId, tokens: &[TokenId]) -> Option<(NodeId, Page)> {
+        self.clock += 1;
+        let id = self.find(parent, tokens)?;
+        self.touch(id);
+        Some((id, self.nodes[&id].page.clone()))
     }
 
     /// Shares the full pages of `tokens`, whose KV the table holds, up to the first page that is
@@ -145,7 +154,8 @@ impl PrefixCache {
         node.last_used = clock;
     }
 
-    fn add(&mut self, parent: NodeId, tokens: &[TokenId], page: &Page) -> NodeId {
+    /// Shares a page behind that of `parent`, which the caller holds; there is none of these tokens.
+    pub fn add(&mut self, parent: NodeId, tokens: &[TokenId], page: &Page) -> NodeId {
         let id = self.next_id;
         self.next_id += 1;
         if let Some(node) = self.nodes.get_mut(&parent) {
