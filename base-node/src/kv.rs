@@ -267,7 +267,7 @@ impl Kv {
         let Pull { import, mut progress, task, _held, .. } = self.lock().remove(id)?;
         drop(started);
         // The last token is extended again, for its result.
-        let wanted = tokens.saturating_sub(1) / layout.page_size * layout.page_size;
+        let wanted = tokens.saturating_sub(1);
         let mut deadline: Option<Instant> = None;
         let arrived = loop {
             let now = *progress.borrow_and_update();

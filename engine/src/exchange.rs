@@ -1,12 +1,14 @@
 //! KV pages that leave an engine, and pages that come in.
 //!
 //! An [`Export`] follows a sequence: each full page appears in its [`ExportView`] as soon as it is
-//! computed, under its tokens, those of an undecided draft included. It holds the pages until it is
+//! computed, under its tokens, those of an undecided draft included; when the sequence is over, so does
+//! its last page, full or not. It holds the pages until it is
 //! dropped, also when the sequence is long gone. A page whose tokens the switch cut is taken back
 //! before the sequence overwrites it; what was copied before that is still the KV of its tokens.
 //!
 //! An [`Import`] puts pages into the engine's prefix cache, each behind the one before it, and holds
-//! them until it is dropped. What it holds is only a hint: an engine that needs the room takes it.
+//! them until it is dropped. A last page that is not full waits outside the cache, which knows whole
+//! pages only, for the first request that goes on behind it. What it holds is only a hint: an engine that needs the room takes it.
 //!
 //! Pages are copied on the engine's thread, between steps, few at a time while requests run.
 
@@ -22,7 +24,7 @@ use crate::runner::Command;
 
 static SERIALS: AtomicU64 = AtomicU64::new(0);
 
-/// A full page of a sequence, with the tokens it is the KV of.
+/// A page of a sequence, with the tokens it is the KV of.
 #[derive(Debug)]
 pub struct ExportedPage {
     serial: u64,
@@ -32,13 +34,22 @@ pub struct ExportedPage {
 }
 
 impl ExportedPage {
+    fn new(tokens: &[TokenId], page: &Page) -> Arc<Self> {
+        Arc::new(Self {
+            serial: SERIALS.fetch_add(1, Ordering::Relaxed),
+            tokens: tokens.into(),
+            page: page.clone(),
+            retracted: AtomicBool::new(false),
+        })
+    }
+
     /// Tells this page from every other one exported by this process.
     #[must_use]
     pub fn serial(&self) -> u64 {
         self.serial
     }
 
-    /// The page's tokens, a page's size of them.
+    /// The page's tokens, a page's size of them; of a sequence's last page maybe fewer.
     #[must_use]
     pub fn tokens(&self) -> &[TokenId] {
         &self.tokens
@@ -50,10 +61,10 @@ impl ExportedPage {
     }
 }
 
-/// A sequence's full pages so far.
+/// A sequence's pages so far.
 #[derive(Clone, Debug, Default)]
 pub struct ExportView {
-    /// The first positions first, without a gap.
+    /// The first positions first, without a gap. Full pages, but for the last of a sequence that is over.
     pub pages: Vec<Arc<ExportedPage>>,
     /// The engine knows of this export.
     attached: bool,
@@ -98,16 +109,25 @@ impl ExportLog {
                 changed = true;
             }
             for (tokens, page) in full.into_iter().zip(table.pages()).skip(same) {
-                view.pages.push(Arc::new(ExportedPage {
-                    serial: SERIALS.fetch_add(1, Ordering::Relaxed),
-                    tokens: tokens.into(),
-                    page: page.clone(),
-                    retracted: AtomicBool::new(false),
-                }));
+                view.pages.push(ExportedPage::new(tokens, page));
                 changed = true;
             }
             changed
         });
+    }
+
+    /// The sequence is over, and nobody changes its pages any more: `tokens`, whose KV is in `table`.
+    pub(crate) fn end_after(&self, tokens: &[TokenId], table: &PageTable, page_size: usize) {
+        self.update(tokens, table, page_size);
+        self.0.send_if_modified(|view| {
+            let full = tokens.len() / page_size;
+            let rest = &tokens[full * page_size..];
+            let page = table.pages().get(full).filter(|_| view.pages.len() == full);
+            let Some(page) = page.filter(|_| !rest.is_empty()) else { return false };
+            view.pages.push(ExportedPage::new(rest, page));
+            true
+        });
+        self.end();
     }
 
     /// The sequence is over.
@@ -184,7 +204,7 @@ pub enum ImportError {
     /// The page does not follow on the last one.
     #[error("the page leaves a gap")]
     Gap,
-    /// The page's bytes or tokens are not as many as this engine's pages have.
+    /// The page's bytes are not as many as this engine's pages have, or its tokens none or more.
     #[error("the page has another size")]
     Size,
     /// The executor could not write it.
@@ -210,7 +230,8 @@ impl Import {
     }
 
     /// Writes page `index` (0 holds the first positions), which is the KV of `tokens` behind the
-    /// pages before it. An index below the number of pages written takes back those from there on.
+    /// pages before it. An index below the number of full pages written takes back those from there
+    /// on. Behind a page that is not full there can be no other.
     ///
     /// # Errors
     /// [`ImportError::Stopped`]
@@ -280,24 +301,41 @@ impl Wake {
     }
 }
 
-/// The pages that one [`Import`] has brought, under their names in the prefix cache. Each is held, so
-/// the cache gives none of them up.
+/// The pages that one [`Import`] has brought.
 #[derive(Debug)]
 pub(crate) struct Imported {
     pub(crate) dropped: Arc<AtomicBool>,
+    /// Full ones, under their names in the prefix cache. Each is held, so the cache gives none up.
     pub(crate) pages: Vec<(NodeId, Page)>,
+    /// A page behind them that is not full, with its tokens.
+    pub(crate) last: Option<(Vec<TokenId>, Page)>,
 }
 
 impl Imported {
     pub(crate) fn new(dropped: Arc<AtomicBool>) -> Self {
-        Self { dropped, pages: Vec::new() }
+        Self { dropped, pages: Vec::new(), last: None }
     }
 
     /// Forgets the pages from `index` on, and says which one is the last. `None`: there are fewer.
     pub(crate) fn cut(&mut self, index: usize) -> Option<NodeId> {
+        self.last = None;
         self.pages.truncate(index);
         let last = self.pages.last().map_or(ROOT, |&(node, _)| node);
         (self.pages.len() == index).then_some(last)
+    }
+
+    /// Gives away the page that is not full, if it lies behind `before` and begins with some of
+    /// `tokens`; and of how many it is the KV.
+    pub(crate) fn take_last(
+        &mut self,
+        before: Option<&Page>,
+        tokens: &[TokenId],
+    ) -> Option<(Page, usize)> {
+        let same = self.pages.last().map(|(_, page)| page.id()) == before.map(Page::id);
+        let (own, _) = self.last.as_ref().filter(|_| same)?;
+        let count = own.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+        let (_, page) = self.last.take_if(|_| count > 0)?;
+        Some((page, count))
     }
 }
 

@@ -146,9 +146,9 @@ impl Engine {
 
     /// Drops a sequence and frees its pages, but for those that a step in flight writes.
     pub fn remove(&mut self, id: SequenceId) {
-        self.sequences.remove(&id);
-        if let Some(log) = self.exports.remove(&id) {
-            log.end();
+        let sequence = self.sequences.remove(&id);
+        if let (Some(log), Some(sequence)) = (self.exports.remove(&id), sequence) {
+            log.end_after(sequence.computed_tokens(), &sequence.pages, self.limits.page_size);
         }
     }
 
@@ -174,8 +174,8 @@ impl Engine {
             .is_ok()
     }
 
-    /// Takes a page in: into the prefix cache, unless it is there already, and into the hold of its
-    /// import.
+    /// Takes a page in: into the prefix cache, unless it is there already or not full, and into the
+    /// hold of its import.
     ///
     /// # Errors
     /// See [`ImportError`].
@@ -183,11 +183,12 @@ impl Engine {
         let page_size = self.limits.page_size;
         let fresh = || Imported::new(Arc::clone(&page.dropped));
         let import = self.imports.entry(page.import).or_insert_with(fresh);
-        if page.tokens.len() != page_size {
+        let full = page.tokens.len() == page_size;
+        if page.tokens.is_empty() || page.tokens.len() > page_size {
             return Err(ImportError::Size);
         }
         let parent = import.cut(page.index).ok_or(ImportError::Gap)?;
-        if let Some((node, cached)) = self.prefixes.behind(parent, &page.tokens) {
+        if full && let Some((node, cached)) = self.prefixes.behind(parent, &page.tokens) {
             import.pages.push((node, cached));
             return Ok(());
         }
@@ -200,8 +201,12 @@ impl Engine {
             tracing::warn!(%error, "a KV page could not be written");
             ImportError::Failed
         })?;
-        let node = self.prefixes.add(parent, &page.tokens, &free);
-        import.pages.push((node, free));
+        if full {
+            let node = self.prefixes.add(parent, &page.tokens, &free);
+            import.pages.push((node, free));
+        } else {
+            import.last = Some((page.tokens.clone(), free));
+        }
         Ok(())
     }
 
@@ -213,7 +218,8 @@ impl Engine {
     /// Gives up what all imports hold: it is only a hint, and requests need the room. Returns
     /// whether there was anything.
     fn release_imports(&mut self) -> bool {
-        let held = self.imports.values().any(|import| !import.pages.is_empty());
+        let held =
+            self.imports.values().any(|import| !import.pages.is_empty() || import.last.is_some());
         self.imports.clear();
         held
     }
@@ -292,9 +298,17 @@ impl Engine {
             if self.waits_for_drafts && sequence.awaits_draft() {
                 continue;
             }
-            let pages = self.prefixes.lookup(sequence.reusable());
+            let tokens = sequence.reusable();
+            let mut pages = self.prefixes.lookup(tokens);
+            let mut computed = pages.len() * self.limits.page_size;
+            let (before, rest) = (pages.last(), &tokens[computed..]);
+            let last = self.imports.values_mut().find_map(|import| import.take_last(before, rest));
+            if let Some((page, count)) = last {
+                pages.push(page);
+                computed += count;
+            }
             if !pages.is_empty() {
-                sequence.reuse(pages, self.limits.page_size);
+                sequence.reuse(pages, computed);
                 self.counters.tokens_reused += sequence.computed() as u64;
             }
             budget = budget.saturating_sub(sequence.work());

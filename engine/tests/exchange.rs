@@ -91,16 +91,17 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
 }
 
 /// An answer that begins in `from` and goes on in `to` is that of one engine alone, and `to`
-/// computes only what is no full page.
+/// computes no more than the last token anew.
 async fn moves(from: &EngineHandle, to: &EngineHandle, prompt: Vec<TokenId>) {
     let page_size = from.limits().page_size;
+    assert_ne!((prompt.len() + 23) % page_size, 0, "the last page is not full");
     let whole = answer(from.submit(request(prompt.clone(), 40)).expect("a slot")).await;
     let (mut export, first) = exported(from, prompt.clone(), 24).await;
     assert_eq!(first, whole[..24]);
     let import = to.import();
     // The last token written has no KV.
     let known = prompt.len() + 23;
-    assert_eq!(copy(&mut export, &import).await, Ok(known / page_size));
+    assert_eq!(copy(&mut export, &import).await, Ok(known.div_ceil(page_size)));
 
     let mut context = prompt;
     context.extend(first.iter().map(|(token, _)| token));
@@ -109,10 +110,8 @@ async fn moves(from: &EngineHandle, to: &EngineHandle, prompt: Vec<TokenId>) {
     assert_eq!(rest, whole[24..]);
     until("the counters are told", || to.stats().slots_used == 0).await;
     let after = to.stats().counters;
-    let reused = known / page_size * page_size;
-    assert_eq!(after.tokens_reused - before.tokens_reused, reused as u64);
-    let extended = context.len() - reused + 15;
-    assert_eq!(after.tokens_extended - before.tokens_extended, extended as u64);
+    assert_eq!(after.tokens_reused - before.tokens_reused, known as u64);
+    assert_eq!(after.tokens_extended - before.tokens_extended, 16);
 }
 
 #[tokio::test]
@@ -166,10 +165,66 @@ async fn pages_that_do_not_follow_or_fit_are_refused() {
         written.expect("runs").done().await.map(|_| ())
     };
     assert_eq!(write(1, 16, bytes).await, Err(ImportError::Gap));
-    assert_eq!(write(0, 15, bytes).await, Err(ImportError::Size));
+    assert_eq!(write(0, 0, bytes).await, Err(ImportError::Size));
+    assert_eq!(write(0, 17, bytes).await, Err(ImportError::Size));
     assert_eq!(write(0, 16, bytes - 1).await, Err(ImportError::Failed));
     assert_eq!(write(0, 16, bytes).await, Ok(()));
     assert_eq!(write(2, 16, bytes).await, Err(ImportError::Gap));
+    assert_eq!(write(1, 15, bytes).await, Ok(()));
+    assert_eq!(write(2, 16, bytes).await, Err(ImportError::Gap));
+}
+
+/// What an engine reuses of a last page with the tokens 42 to 51 behind those that the request has.
+async fn reused_of_a_last_page(prompt: Vec<TokenId>) -> u64 {
+    let (from, to) = (fake(FakeOptions::default()), fake(FakeOptions::default()));
+    let (mut export, _) = exported(&from, (10..52).collect(), 1).await;
+    let import = to.import();
+    assert_eq!(copy(&mut export, &import).await, Ok(3));
+    let alone = answer(from.submit(request(prompt.clone(), 20)).expect("a slot")).await;
+    assert_eq!(answer(to.submit(request(prompt, 20)).expect("a slot")).await, alone);
+    settle(&to).await;
+    to.stats().counters.tokens_reused
+}
+
+#[tokio::test]
+async fn of_a_last_page_what_a_request_goes_on_with_is_reused() {
+    let to = |last| (10..last).collect::<Vec<TokenId>>();
+    assert_eq!(reused_of_a_last_page(to(60)).await, 42, "all of it");
+    assert_eq!(reused_of_a_last_page(to(47)).await, 36, "but for the last token of the request");
+    assert_eq!(
+        reused_of_a_last_page([to(45), vec![7, 7, 7]].concat()).await,
+        35,
+        "what is the same"
+    );
+    assert_eq!(reused_of_a_last_page([to(42), vec![7, 7, 7]].concat()).await, 32, "nothing");
+    assert_eq!(
+        reused_of_a_last_page([to(20), vec![7; 40]].concat()).await,
+        0,
+        "other pages before"
+    );
+}
+
+#[tokio::test]
+async fn a_last_page_serves_one_request_and_is_given_up_with_its_import() {
+    let (from, to) = (fake(FakeOptions::default()), fake(FakeOptions::default()));
+    let prompt: Vec<TokenId> = (10..52).collect();
+    let (mut export, _) = exported(&from, prompt.clone(), 1).await;
+    let import = to.import();
+    assert_eq!(copy(&mut export, &import).await, Ok(3));
+    settle(&to).await;
+    assert_eq!(to.stats().kv_tokens_used, 48);
+    for reused in [41, 32] {
+        let before = to.stats().counters.tokens_reused;
+        answer(to.submit(request(prompt.clone(), 3)).expect("a slot")).await;
+        settle(&to).await;
+        assert_eq!(to.stats().counters.tokens_reused - before, reused);
+    }
+    assert_eq!(to.stats().kv_tokens_used, 32, "the request gave the last page back");
+    let again = to.import();
+    assert_eq!(copy(&mut export, &again).await, Ok(3));
+    drop((import, again));
+    settle(&to).await;
+    assert_eq!(to.stats().kv_tokens_used, 0);
 }
 
 #[tokio::test]
@@ -218,8 +273,9 @@ async fn pages_of_a_draft_are_there_before_it_is_decided() {
     assert_eq!(whole.len(), 12 + 60);
     let view = export.view();
     assert!(view.ended && view.pages[0].serial() == early.serial());
-    assert_eq!(view.pages.len(), (whole.len() - 1) / 16, "the last token has no KV");
-    for (page, tokens) in view.pages.iter().zip(whole.chunks(16)) {
+    let known = &whole[..whole.len() - 1];
+    assert_eq!(view.pages.len(), known.len().div_ceil(16), "the last token has no KV");
+    for (page, tokens) in view.pages.iter().zip(known.chunks(16)) {
         assert_eq!(page.tokens(), tokens);
     }
     let to = fake(FakeOptions::default());

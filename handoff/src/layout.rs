@@ -103,13 +103,14 @@ pub fn copy_slots(
 pub struct RelaidPage {
     /// Its index; 0 holds the first positions.
     pub index: usize,
-    /// Its tokens.
+    /// Its tokens, a page's size of them; of the last page maybe fewer.
     pub tokens: Vec<TokenId>,
     /// Its bytes.
     pub data: Vec<u8>,
 }
 
-/// Turns a stream of pages in one layout into pages of another. What is no full page yet waits.
+/// Turns a stream of pages in one layout into pages of another. What is no full page yet waits,
+/// for more or for the end.
 #[derive(Debug)]
 pub struct Relay {
     from: KvLayout,
@@ -140,6 +141,8 @@ impl Relay {
     /// position before the end takes back what was there; one in the middle of a target page that
     /// was given already is refused with `None`, as one that leaves a gap is.
     ///
+    /// A source page with fewer tokens than the others is the last one.
+    ///
     /// # Panics
     /// If `data` or `tokens` are not a source page's.
     pub fn push(
@@ -148,13 +151,18 @@ impl Relay {
         tokens: Vec<TokenId>,
         data: Vec<u8>,
     ) -> Option<Vec<RelaidPage>> {
-        assert_eq!(tokens.len(), self.from.page_size, "tokens of a source page");
+        assert!((1..=self.from.page_size).contains(&tokens.len()), "tokens of a source page");
         assert_eq!(data.len(), self.from.page_bytes(), "bytes of a source page");
         if position > self.taken || !position.is_multiple_of(self.from.page_size) {
             return None;
         }
         if self.is_identity() {
             self.taken = position + tokens.len();
+            if tokens.len() < self.to.page_size {
+                (self.tokens, self.page) = (tokens, data);
+                return Some(Vec::new());
+            }
+            self.tokens.clear();
             return Some(vec![RelaidPage { index: position / self.from.page_size, tokens, data }]);
         }
         self.rewind(position)?;
@@ -177,6 +185,13 @@ impl Relay {
             }
         }
         Some(full)
+    }
+
+    /// What is left when nothing more comes: a page that is not full.
+    pub fn rest(&mut self) -> Option<RelaidPage> {
+        let (tokens, data) = (std::mem::take(&mut self.tokens), std::mem::take(&mut self.page));
+        let index = self.taken / self.to.page_size;
+        (!tokens.is_empty()).then_some(RelaidPage { index, tokens, data })
     }
 
     fn rewind(&mut self, position: usize) -> Option<()> {
@@ -278,7 +293,8 @@ mod tests {
                 prop::sample::select(vec![1usize, 2, 4]),
             ),
             kv_heads in 1usize..9,
-            pages in 1usize..6,
+            pages in 0usize..6,
+            rest in 0usize..20,
         ) {
             let from = layout(from_size, from_tp, kv_heads);
             let to = layout(to_size, to_tp, kv_heads);
@@ -286,9 +302,10 @@ mod tests {
             let mut back = Relay::new(to, from).expect("compatible");
             let mut arrived = 0;
             let mut returned = 0;
-            for index in 0..pages {
-                let first = index * from_size;
-                let out = there.push(first, tokens(first, from_size), page(&from, first));
+            let known = pages * from_size + rest % from_size;
+            for first in (0..known).step_by(from_size) {
+                let count = from_size.min(known - first);
+                let out = there.push(first, tokens(first, count), page(&from, first));
                 for relaid in out.expect("in order") {
                     prop_assert_eq!(relaid.index, arrived);
                     let first = arrived * to_size;
@@ -303,7 +320,21 @@ mod tests {
                     }
                 }
             }
-            prop_assert_eq!(arrived, pages * from_size / to_size);
+            prop_assert_eq!(arrived, known / to_size);
+            let last = there.rest();
+            prop_assert_eq!(last.is_some(), !known.is_multiple_of(to_size));
+            if let Some(last) = last {
+                let first = arrived * to_size;
+                prop_assert_eq!(last.index, arrived);
+                prop_assert_eq!(&last.tokens, &tokens(first, known - first));
+                // Back in the other layout it is the same, as far as it goes.
+                let count = known - first;
+                let (mut one, mut two) = (vec![0; to.page_bytes()], vec![0; to.page_bytes()]);
+                copy_slots((&to, &last.data, 0), (&to, &mut one, 0), count);
+                copy_slots((&to, &page(&to, first), 0), (&to, &mut two, 0), count);
+                prop_assert_eq!(one, two);
+            }
+            prop_assert_eq!(there.rest(), None);
             prop_assert_eq!(returned, arrived * to_size / from_size);
         }
     }

@@ -235,7 +235,7 @@ mod tests {
         )
     }
 
-    /// The pages of a request that is over: two full ones.
+    /// The pages of a request that is over: two full ones, and one with eight tokens.
     async fn pages(engine: &EngineHandle) -> Export {
         // It waits for its draft until it is followed.
         let policy = DraftPolicy {
@@ -286,12 +286,12 @@ mod tests {
         let leases = Leases::new(4);
         let offer = leases.offer(&id(), epoch(1), pages(&engine).await).expect("the first");
         let reader = leases.open(&id(), epoch(1), PATIENCE).await.expect("there");
-        used(&engine, 32).await;
+        used(&engine, 48).await;
         drop(offer);
         assert!(reader.fence.is_cancelled() && leases.is_empty());
         let late = leases.open(&id(), epoch(1), Duration::ZERO).await.expect_err("over");
         assert_eq!(late.code, RefusalCode::NotFound);
-        used(&engine, 32).await;
+        used(&engine, 48).await;
         drop(reader);
         used(&engine, 0).await;
     }

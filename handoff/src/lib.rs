@@ -1,9 +1,9 @@
 //! KV pages on their way from the engine that computed them to the one that goes on.
 //!
 //! The receiver pulls. It connects over a [`transport`], says whose KV it wants and what its own
-//! pages look like ([`wire`]), and gets full pages, each with its tokens and a checksum, also those
-//! that are computed while it listens ([`sender`], [`receiver`]). They go into its prefix cache; from
-//! there on they are like any cached prefix. A [`lease`] keeps the sender's pages until they were
+//! pages look like ([`wire`]), and gets pages, each with its tokens and a checksum, also those that
+//! are computed while it listens ([`sender`], [`receiver`]). Full ones go into its prefix cache; from
+//! there on they are like any cached prefix. The last one waits for the request that goes on. A [`lease`] keeps the sender's pages until they were
 //! read or its time is over. Pages of another size or tensor-parallel degree are re-laid on the way
 //! ([`layout`]). Whether waiting for a page is worth it is decided by [`rates`].
 //!

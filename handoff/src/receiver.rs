@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::Times;
-use crate::layout::Relay;
+use crate::layout::{RelaidPage, Relay};
 use crate::transport::KvTransport;
 use crate::wire::{self, Hello, ReceiverFrame, Refusal, SenderFrame, WireError};
 
@@ -75,7 +75,7 @@ impl PullError {
 /// How far a pull has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Tokens whose KV is in the prefix cache.
+    /// Tokens whose KV is in the engine.
     pub tokens: usize,
     /// Bytes of pages received.
     pub bytes: u64,
@@ -176,7 +176,7 @@ impl Pull<'_> {
             match frame {
                 SenderFrame::Page(page) => taken.page(page).await?,
                 SenderFrame::Alive => {}
-                SenderFrame::End { .. } => return taken.settle(0).await,
+                SenderFrame::End { .. } => return taken.end().await,
                 SenderFrame::Refuse(refusal) => {
                     taken.settle(0).await?;
                     return Err(refusal.into());
@@ -208,11 +208,23 @@ impl Taken<'_> {
         let relaid = self.relay.push(page.position, page.tokens, page.data);
         let relaid = relaid.ok_or(WireError::Malformed("a page out of order"))?;
         for page in relaid {
-            self.settle(WRITE_BEHIND - 1).await?;
-            let tokens = (page.index + 1) * page.tokens.len();
-            let writing = self.pull.import.write(page.index, page.tokens, page.data).await?;
-            self.writing.push_back((writing, tokens));
+            self.write(page).await?;
         }
+        Ok(())
+    }
+
+    async fn end(&mut self) -> Result<(), PullError> {
+        if let Some(rest) = self.relay.rest() {
+            self.write(rest).await?;
+        }
+        self.settle(0).await
+    }
+
+    async fn write(&mut self, page: RelaidPage) -> Result<(), PullError> {
+        self.settle(WRITE_BEHIND - 1).await?;
+        let tokens = page.index * self.pull.format.layout.page_size + page.tokens.len();
+        let writing = self.pull.import.write(page.index, page.tokens, page.data).await?;
+        self.writing.push_back((writing, tokens));
         Ok(())
     }
 

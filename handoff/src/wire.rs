@@ -5,7 +5,7 @@
 //! | receiver | `Hello` | magic, version, request id, epoch, the receiver's descriptor |
 //! | sender | `Accept` | version, the sender's descriptor |
 //! | sender | `Refuse` | code, message; the last frame |
-//! | sender | `Page` | position, checksum, tokens, bytes: as many as the descriptor says |
+//! | sender | `Page` | position, checksum, tokens (a page's size; the last page's may be fewer), bytes: as many as the descriptor says |
 //! | sender | `Alive` | nothing is ready, but more will come |
 //! | sender | `End` | pages in all; nothing changes any more |
 //! | receiver | `Done` | everything is taken; the last frame |
@@ -22,7 +22,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::Instant;
 
 /// The version of this protocol.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 const MAGIC: [u8; 4] = *b"HSKV";
 /// Bytes of a frame without a page, at most.
 const CONTROL_BYTES_MAX: usize = 1024;
@@ -139,12 +139,12 @@ pub enum SenderFrame {
     },
 }
 
-/// A full page with its tokens.
+/// A page with its tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageFrame {
     /// The position of its first token.
     pub position: usize,
-    /// Its tokens.
+    /// Its tokens, a page's size of them; of a sequence's last page maybe fewer.
     pub tokens: Vec<TokenId>,
     /// Its bytes, in the sender's layout.
     pub data: Vec<u8>,
@@ -343,16 +343,17 @@ async fn read_page(
     layout: &KvLayout,
     mut data: Vec<u8>,
 ) -> Result<SenderFrame, WireError> {
-    let head_bytes = 8 + 4 * layout.page_size;
     let page_bytes = layout.page_bytes();
-    if len != head_bytes + page_bytes {
+    let head_bytes = len.saturating_sub(page_bytes);
+    let count = head_bytes.saturating_sub(8) / 4;
+    if head_bytes != 8 + 4 * count || !(1..=layout.page_size).contains(&count) {
         return Err(WireError::Malformed("a page of another size"));
     }
     let head = read_payload(stream, head_bytes, head_bytes).await?;
     let mut rest = Rest(&head);
     let position = rest.u32()? as usize;
     let sum = rest.u32()?;
-    let tokens = (0..layout.page_size).map(|_| rest.u32()).collect::<Result<Vec<_>, _>>()?;
+    let tokens = (0..count).map(|_| rest.u32()).collect::<Result<Vec<_>, _>>()?;
     data.resize(page_bytes, 0);
     let started = Instant::now();
     stream.read_exact(&mut data).await?;

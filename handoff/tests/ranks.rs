@@ -85,6 +85,7 @@ async fn an_answer_goes_on_among_more_or_fewer_ranks() {
         while to.stats().slots_used > 0 {
             tokio::task::yield_now().await;
         }
-        assert_eq!(to.stats().counters.tokens_reused, 64);
+        // The last token written has no KV.
+        assert_eq!(to.stats().counters.tokens_reused, prompt.len() as u64 + 7);
     }
 }

@@ -45,6 +45,12 @@ fn page() -> SenderFrame {
     SenderFrame::Page(PageFrame { position: 8, tokens: vec![1, 2, 3, 4], data, receiving })
 }
 
+/// Of three tokens.
+fn last_page() -> SenderFrame {
+    let SenderFrame::Page(page) = page() else { unreachable!() };
+    SenderFrame::Page(PageFrame { position: 12, tokens: vec![5, 6, 7], ..page })
+}
+
 fn frames() -> Vec<SenderFrame> {
     vec![
         SenderFrame::Accept(format()),
@@ -52,6 +58,7 @@ fn frames() -> Vec<SenderFrame> {
         SenderFrame::Alive,
         SenderFrame::End { pages: 7 },
         page(),
+        last_page(),
     ]
 }
 
@@ -84,6 +91,12 @@ fn a_length_is_checked_before_a_byte_is_taken() {
             assert!(matches!(read(&bytes), Err(WireError::Malformed(_))), "{kind} {len}");
         }
     }
+    let SenderFrame::Page(good) = page() else { unreachable!() };
+    for tokens in [0, 5] {
+        let bad = PageFrame { tokens: vec![1; tokens], ..good.clone() };
+        let bytes = sender_bytes(&SenderFrame::Page(bad));
+        assert!(matches!(read(&bytes), Err(WireError::Malformed(_))), "{tokens} tokens");
+    }
     let mut early = &sender_bytes(&page())[..];
     let early = runtime().block_on(read_sender(&mut early, None, Vec::new()));
     assert!(matches!(early, Err(WireError::Malformed(_))), "a page before the handshake");
@@ -107,7 +120,7 @@ proptest! {
     /// Nearly right frames reach further into the parsers.
     #[test]
     fn any_change_is_read_without_a_panic(
-        which in 0usize..6,
+        which in 0usize..7,
         changes in prop::collection::vec((0usize..600, any::<u8>()), 1..6),
         cut in 0usize..600,
     ) {

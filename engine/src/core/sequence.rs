@@ -319,9 +319,9 @@ impl Sequence {
         (&self.tokens[..end], self.computed.min(end))
     }
 
-    /// Takes over the KV of the first `pages.len() * page_size` tokens.
-    pub fn reuse(&mut self, pages: Vec<Page>, page_size: usize) {
-        self.computed = pages.len() * page_size;
+    /// Takes over `pages`, the KV of the first `computed` tokens.
+    pub fn reuse(&mut self, pages: Vec<Page>, computed: usize) {
+        self.computed = computed;
         pages.into_iter().for_each(|page| self.pages.push(page));
     }
 

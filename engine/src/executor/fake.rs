@@ -275,16 +275,21 @@ fn for_each_element(layout: &KvLayout, mut f: impl FnMut(usize, u32)) {
 }
 
 impl FakeExecutor {
-    /// The last page of a sequence that begins with `tokens`, which fill whole pages of `layout`.
+    /// Whether `page` is the last one of a sequence of `tokens`, whatever lies behind the last token.
     #[must_use]
-    pub fn page(layout: &KvLayout, tokens: &[TokenId]) -> Vec<u8> {
+    pub fn is_page(layout: &KvLayout, tokens: &[TokenId], page: &[u8]) -> bool {
         let mut slots = Vec::with_capacity(tokens.len());
         for &token in tokens {
             slots.push(extended(slots.last().copied().unwrap_or(EMPTY), token));
         }
-        let mut out = Vec::new();
-        put_page(layout, &slots[slots.len().saturating_sub(layout.page_size)..], &mut out);
-        out
+        let last = slots.chunks(layout.page_size).next_back().unwrap_or_default();
+        let mut elements = page.as_chunks::<4>().0.iter();
+        let mut right = page.len() == layout.page_bytes();
+        for_each_element(layout, |slot, mark| {
+            let element = elements.next().map(|bytes| u32::from_le_bytes(*bytes) ^ mark);
+            right &= last.get(slot).is_none_or(|token| element == Some(*token));
+        });
+        right
     }
 
     fn layout(&self) -> KvLayout {

@@ -147,10 +147,11 @@ impl Tap {
                             tokens.truncate(page.position);
                             tokens.extend(&page.tokens);
                             let layout = format.map(|format| format.layout);
-                            let right = layout.map(|l| FakeExecutor::page(&l, tokens));
+                            let right = layout
+                                .is_some_and(|l| FakeExecutor::is_page(&l, tokens, &page.data));
                             let position = page.position;
-                            let wrong = (right.as_ref() != Some(&page.data))
-                                .then(|| format!("the page at {position}, {names}"));
+                            let wrong =
+                                (!right).then(|| format!("the page at {position}, {names}"));
                             wire.page(wrong);
                         }
                         _ => {}
