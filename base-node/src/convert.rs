@@ -127,7 +127,11 @@ impl Job {
             sampling: self.sampling.clone(),
             stop_tokens: Arc::clone(stop_tokens),
             top_logprobs: self.top_logprobs.unwrap_or(0),
-            draft: self.draft.as_ref().filter(|_| self.reads()).map(|draft| draft.policy),
+            draft: self
+                .draft
+                .as_ref()
+                .filter(|_| self.reads())
+                .map(|draft| DraftPolicy { moves_on: self.move_when_decided, ..draft.policy }),
             known: Known { answer, scores },
         }
     }
@@ -193,6 +197,7 @@ fn draft_job(draft: &v1::DraftPolicy, limits: Limits) -> Result<DraftJob, Error>
         threshold,
         continue_complete: draft.on_draft_complete() != OnDraftComplete::Finish,
         continue_empty: draft.continue_empty_draft,
+        moves_on: false,
     };
     Ok(DraftJob { policy, encoding, vocab_size: limits.vocab_size })
 }

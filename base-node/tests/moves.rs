@@ -249,11 +249,11 @@ async fn a_reader_hands_its_answer_to_a_writer_that_followed() {
         assert_eq!(heard.ids, expected());
         following.await.expect("no panic").expect("it has the request");
         nothing_is_held(&[&reader, &writer]).await;
-        // Whole pages moved, the rest was computed.
+        // Whole pages moved, and the last one if it came before it could be computed.
         let page = writer.engine.limits().page_size;
-        let moved = (known - 1) / page * page;
         let counters = writer.engine.stats().counters;
-        assert_eq!(counters.tokens_reused, moved as u64);
+        let moved = counters.tokens_reused as usize;
+        assert!([(known - 1) / page * page, known - 1].contains(&moved), "{moved} of {known}");
         assert_eq!(counters.tokens_extended, (100 + MAX_TOKENS - 1 - moved) as u64);
     }
 }
@@ -267,7 +267,7 @@ async fn a_writer_that_comes_late_pulls_what_the_lease_has_kept() {
     let heard = hear(&mut answer, heard, usize::MAX).await;
     assert_eq!(heard.ids, expected());
     nothing_is_held(&[&reader, &writer]).await;
-    assert_eq!(writer.engine.stats().counters.tokens_reused, 144);
+    assert_eq!(writer.engine.stats().counters.tokens_reused, 145);
 }
 
 #[tokio::test]

@@ -64,8 +64,13 @@ fn request(prompt: Vec<TokenId>, max_tokens: usize, sampling: Sampling) -> Reque
 /// Requests of every kind, some with a draft, and what the engine tells of each.
 fn served(executor: Box<dyn Executor>) -> (Vec<Vec<Event>>, Counters) {
     let mut engine = Engine::new(executor, 24);
-    let policy =
-        DraftPolicy { window: 3, threshold: 0.02, continue_complete: true, continue_empty: true };
+    let policy = DraftPolicy {
+        window: 3,
+        threshold: 0.02,
+        continue_complete: true,
+        continue_empty: true,
+        moves_on: false,
+    };
     let mut told = Vec::new();
     for number in 0..9u32 {
         // Those with penalties are not planned ahead, and nobody while they are there.

@@ -56,8 +56,13 @@ async fn exported(
     prompt: Vec<TokenId>,
     max_tokens: usize,
 ) -> (Export, Vec<(TokenId, u32)>) {
-    let policy =
-        DraftPolicy { window: 6, threshold: 0.8, continue_complete: true, continue_empty: true };
+    let policy = DraftPolicy {
+        window: 6,
+        threshold: 0.8,
+        continue_complete: true,
+        continue_empty: true,
+        moves_on: false,
+    };
     let request = Request { draft: Some(policy), ..request(prompt, max_tokens) };
     let generation = engine.submit(request).expect("a slot");
     let export = generation.export().await.expect("runs");
@@ -205,6 +210,42 @@ async fn of_a_last_page_what_a_request_goes_on_with_is_reused() {
 }
 
 #[tokio::test]
+async fn an_engine_computes_nothing_for_an_answer_that_moves_on() {
+    let from = fake(FakeOptions::default());
+    let policy = DraftPolicy {
+        window: 6,
+        threshold: 0.8,
+        continue_complete: true,
+        continue_empty: false,
+        moves_on: true,
+    };
+    let reading = Request { draft: Some(policy), ..request((10..40).collect(), 60) };
+    let mut generation = from.submit(reading).expect("a slot");
+    let mut export = generation.export().await.expect("runs");
+    generation.draft().push((400..420).collect()).await.expect("runs");
+    generation.draft().end().await.expect("runs");
+    let kept = loop {
+        match generation.next().await {
+            Some(Event::Read { decision: Some(decision), .. }) => break decision.kept,
+            Some(Event::Read { .. }) => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    settle(&from).await;
+    let extended = from.stats().counters.tokens_extended;
+    settle(&from).await;
+    assert_eq!(from.stats().counters.tokens_extended, extended + 1, "the other request alone");
+    assert!(generation.try_next().is_none());
+    drop(generation);
+    while !export.view().ended {
+        assert!(export.changed().await);
+    }
+    let pages = export.view().pages;
+    let tokens: usize = pages.iter().map(|page| page.tokens().len()).sum();
+    assert!([30 + kept, 30 + kept - 1].contains(&tokens), "{tokens} tokens, {kept} kept");
+}
+
+#[tokio::test]
 async fn a_last_page_serves_one_request_and_is_given_up_with_its_import() {
     let (from, to) = (fake(FakeOptions::default()), fake(FakeOptions::default()));
     let prompt: Vec<TokenId> = (10..52).collect();
@@ -247,8 +288,13 @@ async fn pages_of_a_draft_are_there_before_it_is_decided() {
     let from = fake(FakeOptions::default());
     let prompt: Vec<TokenId> = (10..22).collect();
     let draft: Vec<TokenId> = (400..440).collect();
-    let policy =
-        DraftPolicy { window: 6, threshold: 0.8, continue_complete: true, continue_empty: false };
+    let policy = DraftPolicy {
+        window: 6,
+        threshold: 0.8,
+        continue_complete: true,
+        continue_empty: false,
+        moves_on: false,
+    };
     let mut generation = from
         .submit(Request { draft: Some(policy), ..request(prompt.clone(), 60) })
         .expect("a slot");

@@ -202,7 +202,7 @@ proptest! {
         waits: bool,
         moves in prop::collection::vec((0usize..8, 0usize..60), 0..120),
     ) {
-        let policy = DraftPolicy { window, threshold, continue_complete, continue_empty };
+        let policy = DraftPolicy { window, threshold, continue_complete, continue_empty, moves_on: false };
         let pages = if scarce { 22 } else { 400 };
         let mut runs = [false, true].map(|pipelines| {
             Run::new(Box::new(fake(2, pages, pipelines)), step_tokens)

@@ -144,7 +144,7 @@ proptest! {
         let prompts: Vec<Vec<TokenId>> = own.iter().map(|own| [&shared[..], own].concat()).collect();
         let pages = if scarce { 20 } else { 400 };
         let (drafter, base) = (fake(1, pages), fake(2, pages));
-        let policy = DraftPolicy { window, threshold, continue_complete, continue_empty };
+        let policy = DraftPolicy { window, threshold, continue_complete, continue_empty, moves_on: false };
         let mut engine = Engine::new(Box::new(base.clone()), step_tokens);
         engine.wait_for_drafts(waits);
         let mut cases = Vec::new();
@@ -202,7 +202,7 @@ proptest! {
         steps_between in 0usize..3,
     ) {
         let (drafter, base) = (fake(1, 400), fake(2, 400));
-        let policy = DraftPolicy { window: 3, threshold: 0.8, continue_complete: true, continue_empty: false };
+        let policy = DraftPolicy { window: 3, threshold: 0.8, continue_complete: true, continue_empty: false, moves_on: false };
         let mut engine = Engine::new(Box::new(Recording { inner: base, seen: HashSet::new() }), step_tokens);
         let draft = generate(&drafter, &prompt, 24);
         let id = engine.add(request(&prompt, 60, policy));

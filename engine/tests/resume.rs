@@ -140,7 +140,7 @@ proptest! {
         scores_known in 0usize..40,
         cut in 0usize..200,
     ) {
-        let policy = DraftPolicy { window, threshold, continue_complete: true, continue_empty: false };
+        let policy = DraftPolicy { window, threshold, continue_complete: true, continue_empty: false, moves_on: false };
         let mut context = prompt.clone();
         let drafter = fake(1);
         let draft: Vec<TokenId> = (0..30)

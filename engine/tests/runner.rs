@@ -105,8 +105,13 @@ async fn what_can_never_run_is_refused_by_name() {
 #[tokio::test]
 async fn a_draft_that_is_never_given_holds_nobody_up() {
     let engine = start(FakeOptions::default(), 4);
-    let policy =
-        DraftPolicy { window: 6, threshold: 0.8, continue_complete: true, continue_empty: false };
+    let policy = DraftPolicy {
+        window: 6,
+        threshold: 0.8,
+        continue_complete: true,
+        continue_empty: false,
+        moves_on: false,
+    };
     let waiting = engine.submit(Request { draft: Some(policy), ..request(8) }).expect("a slot");
     let mut other = engine.submit(request(4)).expect("a slot");
     while other.next().await.is_some() {}

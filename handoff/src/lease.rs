@@ -243,6 +243,7 @@ mod tests {
             threshold: 0.8,
             continue_complete: true,
             continue_empty: true,
+            moves_on: false,
         };
         let request = Request {
             prompt: (10..50).collect(),

@@ -59,6 +59,7 @@ async fn an_answer_goes_on_among_more_or_fewer_ranks() {
             threshold: 0.8,
             continue_complete: true,
             continue_empty: true,
+            moves_on: false,
         };
         let reading = Request { draft: Some(policy), ..request(prompt.clone(), 8) };
         let generation = from.submit(reading).expect("a slot");

@@ -57,8 +57,13 @@ fn prompt() -> Vec<TokenId> {
 
 /// A request that waits for its draft.
 fn drafted(prompt: Vec<TokenId>, max_tokens: usize) -> Request {
-    let draft =
-        DraftPolicy { window: 6, threshold: 0.8, continue_complete: true, continue_empty: true };
+    let draft = DraftPolicy {
+        window: 6,
+        threshold: 0.8,
+        continue_complete: true,
+        continue_empty: true,
+        moves_on: false,
+    };
     Request { draft: Some(draft), ..request(prompt, max_tokens) }
 }
 
@@ -214,7 +219,10 @@ async fn other_page_sizes_and_ranks_are_relaid() {
         let receiver = receiver(pages_of(to.0, to.1));
         receiver.pull(&network, PATIENT).await.expect("whole");
         assert_eq!(receiver.progress.borrow().tokens, PROMPT, "{from:?} to {to:?}");
-        assert_eq!(receiver.reused().await, PROMPT - 1, "{from:?} to {to:?}");
+        // A page that is full is found as a whole, so not by a request that ends with it.
+        let full = PROMPT.is_multiple_of(to.0);
+        let found = if full { PROMPT - to.0 } else { PROMPT - 1 };
+        assert_eq!(receiver.reused().await, found, "{from:?} to {to:?}");
     }
 }
 
@@ -386,8 +394,13 @@ async fn a_lease_that_ends_ends_its_readers_stream() {
     let gate = Arc::new(Gate::default());
     gate.set_open(true);
     let from = engine(FakeOptions { gate: Some(Arc::clone(&gate)), ..FakeOptions::default() });
-    let policy =
-        DraftPolicy { window: 6, threshold: 0.8, continue_complete: true, continue_empty: false };
+    let policy = DraftPolicy {
+        window: 6,
+        threshold: 0.8,
+        continue_complete: true,
+        continue_empty: false,
+        moves_on: false,
+    };
     let generation =
         from.submit(Request { draft: Some(policy), ..request(prompt(), 80) }).expect("a slot");
     let export = generation.export().await.expect("runs");

@@ -63,6 +63,8 @@ pub struct DraftPolicy {
     pub continue_complete: bool,
     /// Go on after an empty draft, or end the answer there.
     pub continue_empty: bool,
+    /// Another engine goes on: nothing is computed here once the draft is decided.
+    pub moves_on: bool,
 }
 
 /// Why an answer ended.
@@ -141,6 +143,8 @@ struct Reading {
 enum Phase {
     Reading(Reading),
     Writing,
+    /// Another engine writes.
+    Moving,
     Finished,
 }
 
@@ -236,7 +240,7 @@ impl Sequence {
     #[must_use]
     pub fn work(&self) -> usize {
         let ready = match &self.phase {
-            Phase::Finished => 0,
+            Phase::Finished | Phase::Moving => 0,
             Phase::Writing if self.asked > 0 => return usize::from(self.writes_on_unseen()),
             Phase::Reading(_) if self.asked > 0 => 0,
             Phase::Writing => self.tokens.len(),
@@ -253,7 +257,7 @@ impl Sequence {
     pub fn is_held(&self) -> bool {
         match &self.phase {
             _ if self.asked == 0 => false,
-            Phase::Finished => false,
+            Phase::Finished | Phase::Moving => false,
             Phase::Writing => self.goes_on_unseen() && !self.writes_on_unseen(),
             Phase::Reading(reading) => reading.complete || self.sent() < self.tokens.len() - 1,
         }
@@ -444,6 +448,7 @@ impl Sequence {
             }
             None => None,
         };
+        let moves_on = reading.policy.moves_on;
         let goes_on = decision.is_some_and(|d| d.switched) || self.continues_after(reading);
         if decision.is_some() || !scores.is_empty() {
             events.push(Event::Read { first, scores, decision });
@@ -451,7 +456,7 @@ impl Sequence {
         let Some(Decision { kept, .. }) = decision else {
             return Vec::new();
         };
-        self.phase = Phase::Writing;
+        self.phase = if moves_on { Phase::Moving } else { Phase::Writing };
         let mut ahead = self.tokens.split_off(self.prompt_len + kept);
         ahead.truncate(self.computed.saturating_sub(self.tokens.len()));
         self.computed = self.computed.min(self.tokens.len());
@@ -472,9 +477,6 @@ impl Sequence {
         events: &mut Vec<Event>,
     ) {
         for (index, found) in found.enumerate() {
-            if !matches!(self.phase, Phase::Writing) {
-                return;
-            }
             let before = self.answer_len();
             self.write(found, events);
             let agreed = self.answer_len() > before && self.tokens.last() == ahead.get(index);
@@ -486,7 +488,9 @@ impl Sequence {
     }
 
     fn write(&mut self, found: Found, events: &mut Vec<Event>) {
-        let Some(token) = found.sampled else { return };
+        let Some(token) = found.sampled.filter(|_| matches!(self.phase, Phase::Writing)) else {
+            return;
+        };
         if self.stop_tokens.contains(&token.token) {
             return self.finish(Finish::Stop, events);
         }
@@ -571,6 +575,7 @@ mod tests {
             threshold: 0.9,
             continue_complete: true,
             continue_empty: true,
+            moves_on: false,
         };
         let mut sequence = Sequence::new(request(Some(policy), Sampling::default()));
         sequence.push_draft(&[6]);

@@ -247,7 +247,7 @@ impl Bench {
 
     /// The switch where the answer stays.
     async fn stays(&self, prompt: &[u32]) -> Result<Switch, Failure> {
-        let mut generation = self.begin(prompt).await?;
+        let mut generation = self.begin(prompt, false).await?;
         read(&mut generation).await?;
         let decided = decide(&generation).await?;
         write_on(generation, decided).await
@@ -258,7 +258,7 @@ impl Bench {
         let (id, epoch) = name()?;
         let source = self.from_kv.source(&id, epoch);
         let prefetch = self.to_kv.prefetch(&id, &source);
-        let mut generation = self.begin(prompt).await?;
+        let mut generation = self.begin(prompt, true).await?;
         let offer = self.from_kv.offer(&id, epoch, &generation).await;
         let offer = offer.ok_or_else(|| failed("the KV cannot leave"))?;
         read(&mut generation).await?;
@@ -286,13 +286,14 @@ impl Bench {
         switch
     }
 
-    /// Begins to read the prompt and all of the draft.
-    async fn begin(&self, prompt: &[u32]) -> Result<Generation, Failure> {
+    /// Begins to read the prompt and all of the draft; another engine writes on if it `moves_on`.
+    async fn begin(&self, prompt: &[u32], moves_on: bool) -> Result<Generation, Failure> {
         let policy = DraftPolicy {
             window: DRAFT + 1,
             threshold: 1.0,
             continue_complete: true,
             continue_empty: false,
+            moves_on,
         };
         let request = request(prompt, DRAFT + WRITTEN, Some(policy));
         let generation = self.from.submit(request).map_err(failed)?;
