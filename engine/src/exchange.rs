@@ -1,14 +1,15 @@
 //! KV pages that leave an engine, and pages that come in.
 //!
 //! An [`Export`] follows a sequence: each full page appears in its [`ExportView`] as soon as it is
-//! computed, under its tokens, those of an undecided draft included; when the sequence is over, so does
-//! its last page, full or not. It holds the pages until it is
-//! dropped, also when the sequence is long gone. A page whose tokens the switch cut is taken back
+//! computed, under its tokens, those of an undecided draft included; when the sequence is over, so
+//! does its last page, full or not. It holds the pages until it is dropped, also when the sequence is
+//! long gone. A page whose tokens the switch cut is taken back
 //! before the sequence overwrites it; what was copied before that is still the KV of its tokens.
 //!
 //! An [`Import`] puts pages into the engine's prefix cache, each behind the one before it, and holds
 //! them until it is dropped. A last page that is not full waits outside the cache, which knows whole
-//! pages only, for the first request that goes on behind it. What it holds is only a hint: an engine that needs the room takes it.
+//! pages only, for the first request that goes on behind it. What it holds is only a hint: an engine
+//! that needs the room takes it.
 //!
 //! Pages are copied on the engine's thread, between steps, few at a time while requests run.
 
@@ -64,7 +65,8 @@ impl ExportedPage {
 /// A sequence's pages so far.
 #[derive(Clone, Debug, Default)]
 pub struct ExportView {
-    /// The first positions first, without a gap. Full pages, but for the last of a sequence that is over.
+    /// The first positions first, without a gap. Full pages, but for the last one of a sequence that
+    /// is over.
     pub pages: Vec<Arc<ExportedPage>>,
     /// The engine knows of this export.
     attached: bool,

@@ -34,6 +34,16 @@ fn request(prompt: Vec<TokenId>, max_tokens: usize) -> Request {
     }
 }
 
+fn policy(continue_empty: bool) -> DraftPolicy {
+    DraftPolicy {
+        window: 6,
+        threshold: 0.8,
+        continue_complete: true,
+        continue_empty,
+        moves_on: false,
+    }
+}
+
 /// The rest of an answer, with its log-probabilities bit for bit.
 async fn answer(mut generation: Generation) -> Vec<(TokenId, u32)> {
     let mut answer = Vec::new();
@@ -56,14 +66,7 @@ async fn exported(
     prompt: Vec<TokenId>,
     max_tokens: usize,
 ) -> (Export, Vec<(TokenId, u32)>) {
-    let policy = DraftPolicy {
-        window: 6,
-        threshold: 0.8,
-        continue_complete: true,
-        continue_empty: true,
-        moves_on: false,
-    };
-    let request = Request { draft: Some(policy), ..request(prompt, max_tokens) };
+    let request = Request { draft: Some(policy(true)), ..request(prompt, max_tokens) };
     let generation = engine.submit(request).expect("a slot");
     let export = generation.export().await.expect("runs");
     generation.draft().end().await.expect("runs");
@@ -212,13 +215,7 @@ async fn of_a_last_page_what_a_request_goes_on_with_is_reused() {
 #[tokio::test]
 async fn an_engine_computes_nothing_for_an_answer_that_moves_on() {
     let from = fake(FakeOptions::default());
-    let policy = DraftPolicy {
-        window: 6,
-        threshold: 0.8,
-        continue_complete: true,
-        continue_empty: false,
-        moves_on: true,
-    };
+    let policy = DraftPolicy { moves_on: true, ..policy(false) };
     let reading = Request { draft: Some(policy), ..request((10..40).collect(), 60) };
     let mut generation = from.submit(reading).expect("a slot");
     let mut export = generation.export().await.expect("runs");
@@ -288,16 +285,8 @@ async fn pages_of_a_draft_are_there_before_it_is_decided() {
     let from = fake(FakeOptions::default());
     let prompt: Vec<TokenId> = (10..22).collect();
     let draft: Vec<TokenId> = (400..440).collect();
-    let policy = DraftPolicy {
-        window: 6,
-        threshold: 0.8,
-        continue_complete: true,
-        continue_empty: false,
-        moves_on: false,
-    };
-    let mut generation = from
-        .submit(Request { draft: Some(policy), ..request(prompt.clone(), 60) })
-        .expect("a slot");
+    let reading = Request { draft: Some(policy(false)), ..request(prompt.clone(), 60) };
+    let mut generation = from.submit(reading).expect("a slot");
     let mut export = generation.export().await.expect("runs");
     generation.draft().push(draft[..12].to_vec()).await.expect("runs");
     while export.view().pages.is_empty() {

@@ -3,8 +3,8 @@
 //! The receiver pulls. It connects over a [`transport`], says whose KV it wants and what its own
 //! pages look like ([`wire`]), and gets pages, each with its tokens and a checksum, also those that
 //! are computed while it listens ([`sender`], [`receiver`]). Full ones go into its prefix cache; from
-//! there on they are like any cached prefix. The last one waits for the request that goes on. A [`lease`] keeps the sender's pages until they were
-//! read or its time is over. Pages of another size or tensor-parallel degree are re-laid on the way
+//! there on they are like any cached prefix. The last one waits for the request that goes on. A
+//! [`lease`] keeps the sender's pages until they were read or its time is over. Pages of another size or tensor-parallel degree are re-laid on the way
 //! ([`layout`]). Whether waiting for a page is worth it is decided by [`rates`].
 //!
 //! Nothing that goes wrong here can change an answer: it leaves a shorter cached prefix.

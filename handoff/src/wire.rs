@@ -5,7 +5,7 @@
 //! | receiver | `Hello` | magic, version, request id, epoch, the receiver's descriptor |
 //! | sender | `Accept` | version, the sender's descriptor |
 //! | sender | `Refuse` | code, message; the last frame |
-//! | sender | `Page` | position, checksum, tokens (a page's size; the last page's may be fewer), bytes: as many as the descriptor says |
+//! | sender | `Page` | position, checksum, tokens, bytes: as many as the descriptor says; of a last page maybe fewer tokens |
 //! | sender | `Alive` | nothing is ready, but more will come |
 //! | sender | `End` | pages in all; nothing changes any more |
 //! | receiver | `Done` | everything is taken; the last frame |

@@ -394,15 +394,7 @@ async fn a_lease_that_ends_ends_its_readers_stream() {
     let gate = Arc::new(Gate::default());
     gate.set_open(true);
     let from = engine(FakeOptions { gate: Some(Arc::clone(&gate)), ..FakeOptions::default() });
-    let policy = DraftPolicy {
-        window: 6,
-        threshold: 0.8,
-        continue_complete: true,
-        continue_empty: false,
-        moves_on: false,
-    };
-    let generation =
-        from.submit(Request { draft: Some(policy), ..request(prompt(), 80) }).expect("a slot");
+    let generation = from.submit(drafted(prompt(), 80)).expect("a slot");
     let export = generation.export().await.expect("runs");
     let leases = Leases::new(4);
     let mut ended = listen(&network, &from, &leases, PATIENT);
