@@ -326,18 +326,11 @@ impl Imported {
         (self.pages.len() == index).then_some(last)
     }
 
-    /// Gives away the page that is not full, if it lies behind `before` and begins with some of
-    /// `tokens`; and of how many it is the KV.
-    pub(crate) fn take_last(
-        &mut self,
-        before: Option<&Page>,
-        tokens: &[TokenId],
-    ) -> Option<(Page, usize)> {
+    /// Of how many of `tokens` the page that is not full is the KV, if it lies behind `before`.
+    pub(crate) fn last_holds(&self, before: Option<&Page>, tokens: &[TokenId]) -> usize {
         let same = self.pages.last().map(|(_, page)| page.id()) == before.map(Page::id);
-        let (own, _) = self.last.as_ref().filter(|_| same)?;
-        let count = own.iter().zip(tokens).take_while(|(a, b)| a == b).count();
-        let (_, page) = self.last.take_if(|_| count > 0)?;
-        Some((page, count))
+        let own = self.last.as_ref().filter(|_| same).map_or(&[][..], |(own, _)| own);
+        own.iter().zip(tokens).take_while(|(a, b)| a == b).count()
     }
 }
 

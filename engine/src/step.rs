@@ -302,9 +302,10 @@ impl Engine {
             let mut pages = self.prefixes.lookup(tokens);
             let mut computed = pages.len() * self.limits.page_size;
             let (before, rest) = (pages.last(), &tokens[computed..]);
-            let last = self.imports.values_mut().find_map(|import| import.take_last(before, rest));
-            if let Some((page, count)) = last {
-                pages.push(page);
+            let imports = self.imports.values_mut();
+            let lasts = imports.map(|import| (import.last_holds(before, rest), &mut import.last));
+            if let Some((count @ 1.., last)) = lasts.max_by_key(|(count, _)| *count) {
+                pages.extend(last.take().map(|(_, page)| page));
                 computed += count;
             }
             if !pages.is_empty() {

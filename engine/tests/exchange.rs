@@ -213,6 +213,23 @@ async fn of_a_last_page_what_a_request_goes_on_with_is_reused() {
 }
 
 #[tokio::test]
+async fn of_two_last_pages_the_one_that_holds_more_is_taken() {
+    let (from, to) = (fake(FakeOptions::default()), fake(FakeOptions::default()));
+    let prompt = |last| [(10..44).collect::<Vec<TokenId>>(), vec![last; 8]].concat();
+    let (other, own) = (to.import(), to.import());
+    for (import, last) in [(&other, 7), (&own, 8)] {
+        let (mut export, _) = exported(&from, prompt(last), 1).await;
+        assert_eq!(copy(&mut export, import).await, Ok(3));
+    }
+    for last in [8, 7] {
+        let before = to.stats().counters.tokens_reused;
+        answer(to.submit(request(prompt(last), 3)).expect("a slot")).await;
+        settle(&to).await;
+        assert_eq!(to.stats().counters.tokens_reused - before, 41, "all but the last token");
+    }
+}
+
+#[tokio::test]
 async fn an_engine_computes_nothing_for_an_answer_that_moves_on() {
     let from = fake(FakeOptions::default());
     let policy = DraftPolicy { moves_on: true, ..policy(false) };

@@ -123,7 +123,10 @@ impl NodeParts {
     ) -> Result<RunningNode, NodeError> {
         let Self { record, server, draining, sessions, failure, lifetimes } = self;
         let server = server.keep_alive(lifetimes.keep_alive).start(listener).await;
-        let registration = register(membership, &record, lifetimes.lease_ttl).await?;
+        let registration = tokio::select! {
+            registered = register(membership, &record, lifetimes.lease_ttl) => registered?,
+            failure = dead(&failure) => return Err(NodeError::Engine(failure)),
+        };
         tracing::info!(
             node_id = %record.node_id, tier = %record.tier, address = %record.address,
             model = %record.model, slots = record.slots, "node is ready"

@@ -119,10 +119,25 @@ async fn start_with(
     membership: &dyn Membership,
     members: InMemory,
 ) -> Started {
-    let (listener, text) = (listen().await, text());
+    let (listener, alive) = (listen().await, Arc::new(AtomicBool::new(true)));
+    let shutdown = CancellationToken::new();
+    let parts = parts(&listener, drain_timeout, &alive, &shutdown);
+    let (draining, sessions) = (parts.draining.clone(), parts.sessions.clone());
+    let node = parts.start(listener, membership, shutdown.clone()).await.unwrap();
+    let channel = channel::connect(&node.record().address, PATIENCE).await.unwrap();
+    Started { node, channel, members, draining, sessions, shutdown, alive }
+}
+
+/// A node whose engine is broken once it is not `alive`.
+fn parts(
+    listener: &TcpListener,
+    drain_timeout: Duration,
+    alive: &Arc<AtomicBool>,
+    shutdown: &CancellationToken,
+) -> NodeParts {
+    let text = text();
     let record = record(listener.local_addr().unwrap(), &text);
     let (draining, sessions) = (CancellationToken::new(), TaskTracker::new());
-    let shutdown = CancellationToken::new();
     let drains = draining.clone();
     let status = move || NodeStatus {
         slots_used: 3,
@@ -131,23 +146,19 @@ async fn start_with(
         draining: drains.is_cancelled(),
     };
     let service = NodeService::new(&record, &text, "f32", status, shutdown.clone());
-    let alive = Arc::new(AtomicBool::new(true));
-    let living = Arc::clone(&alive);
-    let parts = NodeParts {
-        record: record.clone(),
+    let living = Arc::clone(alive);
+    NodeParts {
+        record,
         server: GrpcServer::new().unwrap().add(NodeServer::new(service)),
-        draining: draining.clone(),
-        sessions: sessions.clone(),
+        draining,
+        sessions,
         failure: Box::new(move || (!living.load(Ordering::SeqCst)).then(|| "broken".to_owned())),
         lifetimes: Lifetimes {
             lease_ttl: Duration::from_millis(200),
             drain_timeout,
             ..Lifetimes::default()
         },
-    };
-    let node = parts.start(listener, membership, shutdown.clone()).await.unwrap();
-    let channel = channel::connect(&record.address, PATIENCE).await.unwrap();
-    Started { node, channel, members, draining, sessions, shutdown, alive }
+    }
 }
 
 async fn until(mut view: watch::Receiver<Arc<View>>, what: &str, ok: impl Fn(&View) -> bool) {
@@ -167,6 +178,18 @@ async fn a_store_that_is_away_at_the_start_is_waited_for() {
     let started = start_with(Duration::from_secs(5), &store, members).await;
     until(started.members.watch(), "the node", |view| view.nodes.len() == 1).await;
     assert_eq!(store.away.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn a_node_whose_engine_stopped_does_not_wait_for_the_store() {
+    let store = Away { away: AtomicUsize::new(usize::MAX), members: InMemory::new() };
+    let (listener, alive) = (listen().await, Arc::new(AtomicBool::new(true)));
+    let shutdown = CancellationToken::new();
+    let parts = parts(&listener, PATIENCE, &alive, &shutdown);
+    let starting = parts.start(listener, &store, shutdown);
+    alive.store(false, Ordering::SeqCst);
+    let error = tokio::time::timeout(PATIENCE, starting).await.expect("ends").unwrap_err();
+    assert!(matches!(&error, NodeError::Engine(why) if why == "broken"), "{error}");
 }
 
 #[tokio::test]

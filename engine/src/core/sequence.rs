@@ -418,11 +418,12 @@ impl Sequence {
         events
     }
 
-    /// The first position whose result is still wanted.
+    /// The first position whose result is still wanted; 0 if none is.
     fn first_probe(&self) -> usize {
         match &self.phase {
             Phase::Reading(reading) => self.prompt_len - 1 + reading.rule.scored(),
-            _ => self.tokens.len() - 1,
+            Phase::Writing => self.tokens.len() - 1,
+            Phase::Moving | Phase::Finished => 0,
         }
     }
 
@@ -589,5 +590,23 @@ mod tests {
         assert_eq!(next(&sequence), (0, true));
         sequence.commit(1, &score, found(Some(-3.0)));
         assert_eq!(next(&sequence), (1, false));
+    }
+
+    #[test]
+    fn what_moves_on_keeps_nobody_waiting_and_takes_nothing() {
+        let policy = DraftPolicy {
+            window: 2,
+            threshold: 0.9,
+            continue_complete: true,
+            continue_empty: true,
+            moves_on: true,
+        };
+        let mut sequence = Sequence::new(request(Some(policy), Sampling::default()));
+        assert!(sequence.is_prefilling());
+        assert_eq!(sequence.prefilling(), (&[3, 4][..], 0));
+        assert_eq!(sequence.end_draft().len(), 1, "an empty draft is decided at once");
+        assert_eq!(next(&sequence), (0, false));
+        assert!(!sequence.is_prefilling() && !sequence.is_finished());
+        assert_eq!((sequence.prefilling(), sequence.reusable()), ((&[][..], 0), &[][..]));
     }
 }

@@ -2,12 +2,16 @@
 //!
 //! A follower connects to the leader and says what it is: protocol, model, place. The leader answers
 //! with the terms under which the model runs, or with a sentence that says why it does not take it.
-//! A follower that was taken connects once more, for its [pulse](super::watch).
+//! A follower that was taken connects once more, for its [pulse](super::watch). That begins to beat
+//! when all have come, so a follower counts the leader's silence from then on, and not while another
+//! one still loads; until then it may go, and come again.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
+
+use socket2::{SockRef, TcpKeepalive};
 
 use super::Place;
 use super::group::Peer;
@@ -210,21 +214,36 @@ pub fn gather(
             }
             // Nobody is waiting, or somebody went away while waiting.
             Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY_PAUSE),
-            Err(_) => return Err(JoinError::Missing { missing: door.missing(), timeout }),
+            Err(_) => {
+                door.forget_the_gone();
+                return Err(JoinError::Missing { missing: door.missing(), timeout });
+            }
         }
     }
     door.open()
 }
 
 impl Door {
+    fn has(&self, host: usize) -> bool {
+        self.arrived[host].as_ref().is_some_and(|arrived| arrived.pulse.is_some())
+    }
+
     fn is_full(&self) -> bool {
-        let complete = |slot: &Option<Arrived>| slot.as_ref().is_some_and(|a| a.pulse.is_some());
-        self.arrived[1..].iter().all(complete)
+        (1..self.arrived.len()).all(|host| self.has(host))
+    }
+
+    /// Frees the places of those who went away while they waited for the others.
+    fn forget_the_gone(&mut self) {
+        for (host, slot) in self.arrived.iter_mut().enumerate() {
+            if let Some(gone) = slot.take_if(|arrived| is_closed(&arrived.work)) {
+                tracing::warn!(host, address = %gone.address, "a tensor-parallel process went away");
+            }
+        }
     }
 
     fn missing(&self) -> String {
         let place = self.own.place;
-        let away = (1..place.hosts).filter(|host| self.arrived[*host].is_none());
+        let away = (1..place.hosts).filter(|host| !self.has(*host));
         let ranks: Vec<String> =
             away.flat_map(|h| place.ranks_of(h)).map(|r| r.to_string()).collect();
         format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, ranks.join(", "))
@@ -241,6 +260,7 @@ impl Door {
             let mut hello = [0; HELLO_BYTES];
             stream.read_exact(&mut hello)?;
             let hello = Hello::of(&hello);
+            self.forget_the_gone();
             match (self.objection(&hello), hello.purpose) {
                 (Some(objection), _) => objection,
                 (None, PULSE) => {
@@ -297,7 +317,7 @@ impl Door {
         match (hello.purpose, slot) {
             (PULSE, Some(a)) if hello.session == self.session && a.pulse.is_none() => None,
             (PULSE, _) => Some("it did not ask for work first".to_owned()),
-            (_, Some(a)) if !is_closed(&a.work) => {
+            (_, Some(a)) => {
                 Some(format!("--tp-host-rank {} is taken by {}", place.host, a.address))
             }
             _ => None,
@@ -321,14 +341,23 @@ impl Door {
         for (host, arrived) in self.arrived.into_iter().enumerate() {
             let Some(Arrived { work, pulse: Some(watched), .. }) = arrived else { continue };
             let ranks = self.own.place.ranks_of(host);
-            work.set_read_timeout(None)?;
-            work.set_write_timeout(None)?;
+            stay_open(&work, self.terms.silence_max)?;
             pulse.guard(&work)?;
             pulse.watch(watched, ranks.start, self.terms.silence_max, true)?;
             peers.push(Peer { link: Link::new(work, ranks.start, pulse.clone()), ranks });
         }
         Ok((peers, pulse))
     }
+}
+
+/// The work's connection is quiet while nobody asks, perhaps for hours, and the pulse is another one:
+/// what lies between keeps no quiet connection for ever.
+fn stay_open(work: &TcpStream, silence_max: Duration) -> io::Result<()> {
+    work.set_read_timeout(None)?;
+    work.set_write_timeout(None)?;
+    // The system counts in seconds.
+    let time = silence_max.max(Duration::from_secs(1));
+    SockRef::from(work).set_tcp_keepalive(&TcpKeepalive::new().with_time(time).with_interval(time))
 }
 
 /// The beginning of a hash, to tell two apart.
@@ -390,13 +419,17 @@ fn attempt(leader: &str, member: &Member, deadline: Instant) -> Result<Joined, A
     }
     let session = word(&terms, 0);
     let (watched, _) = say(leader, &Hello { purpose: PULSE, session, ..hello }, deadline)?;
+    // The first beat, which is left to whoever watches.
+    if watched.peek(&mut [0])? == 0 {
+        let gone = "it went away while it waited for the other ranks";
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, gone).into());
+    }
     let kv_tokens = usize::try_from(word(&terms, 16)).unwrap_or(usize::MAX);
     let silence_max = Duration::from_millis(size(&terms, 24) as u64);
     let (page_size, chunk_tokens) = (size(&terms, 8), size(&terms, 12));
     let terms = Terms { page_size, chunk_tokens, kv_tokens, silence_max };
     let pulse = Pulse::default();
-    work.set_read_timeout(None)?;
-    work.set_write_timeout(None)?;
+    stay_open(&work, silence_max)?;
     pulse.guard(&work)?;
     let watching = pulse.watch(watched, 0, silence_max, false)?;
     Ok(Joined { link: Link::new(work, 0, pulse.clone()), pulse, watching, terms })
@@ -433,5 +466,129 @@ fn say(leader: &str, hello: &Hello, deadline: Instant) -> Result<(TcpStream, Vec
     match head[0] {
         TAKEN => Ok((stream, body)),
         _ => Err(Attempt::Refused(String::from_utf8_lossy(&body).into_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+
+    const PATIENCE: Duration = Duration::from_secs(120);
+    /// Who comes back too early does so at once: a right run only waits this out.
+    const MOMENT: Duration = Duration::from_millis(300);
+
+    fn member(host: usize) -> Member {
+        let place = Place { ranks: 3, hosts: 3, host };
+        Member { place, model: ModelHash([7; 32]), on_gpus: false }
+    }
+
+    type Gathered = Receiver<Result<Pulse, JoinError>>;
+
+    /// A leader that waits for two others, and where it is.
+    fn leader(timeout: Duration) -> (String, Gathered) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
+        let address = listener.local_addr().expect("bound").to_string();
+        let (tell, told) = channel();
+        let silence_max = PATIENCE;
+        let terms = Terms { page_size: 16, chunk_tokens: 8, kv_tokens: 64, silence_max };
+        std::thread::spawn(move || {
+            let gathered = gather(&listener, &member(0), terms, timeout);
+            tell.send(gathered.map(|(_, pulse)| pulse))
+        });
+        (address, told)
+    }
+
+    fn follower(address: &str, host: usize) -> Receiver<Result<Joined, JoinError>> {
+        let (address, (tell, told)) = (address.to_owned(), channel());
+        std::thread::spawn(move || {
+            tell.send(join(&mut || Ok(address.clone()), &member(host), PATIENCE))
+        });
+        told
+    }
+
+    /// A process that says what it is, so far that it is waited with.
+    fn process(address: &str, host: usize, with_pulse: bool) -> Vec<TcpStream> {
+        let hello = Hello { purpose: WORK, session: 0, member: member(host) };
+        let deadline = Instant::now() + PATIENCE;
+        let said = |hello| say(address, hello, deadline).ok().expect("it is taken");
+        let (work, terms) = said(&hello);
+        let pulse = Hello { purpose: PULSE, session: word(&terms, 0), ..hello };
+        std::iter::once(work).chain(with_pulse.then(|| said(&pulse).0)).collect()
+    }
+
+    #[test]
+    fn nobody_begins_before_the_last_has_come() {
+        let (address, gathered) = leader(PATIENCE);
+        let early = follower(&address, 1);
+        assert!(matches!(early.recv_timeout(MOMENT), Err(RecvTimeoutError::Timeout)));
+        let late = follower(&address, 2);
+        let pulse = gathered.recv().expect("ends").expect("all have come");
+        let joined = [early, late].map(|f| f.recv().expect("ends").expect("it is taken"));
+        pulse.leave();
+        for Joined { watching, pulse, .. } in joined {
+            watching.join().expect("ends");
+            assert!(pulse.is_over() && pulse.lost().is_none());
+        }
+    }
+
+    #[test]
+    fn who_goes_while_it_waits_may_come_again() {
+        let (address, gathered) = leader(PATIENCE);
+        drop(process(&address, 1, true));
+        let other = follower(&address, 2);
+        assert!(matches!(gathered.recv_timeout(MOMENT), Err(RecvTimeoutError::Timeout)));
+        let again = follower(&address, 1);
+        let _pulse = gathered.recv().expect("ends").expect("all have come");
+        for joined in [other, again] {
+            joined.recv().expect("ends").expect("it is taken");
+        }
+    }
+
+    #[test]
+    fn who_came_by_half_or_went_is_missing() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
+        let connection = || {
+            let there = TcpStream::connect(listener.local_addr().expect("bound"));
+            (listener.accept().expect("connected").0, there.expect("connects"))
+        };
+        let arrived = |work, pulse| Some(Arrived { work, pulse, address: String::new() });
+        let ((work, other_end), (pulse, _beats)) = (connection(), connection());
+        let (half, _waits) = connection();
+        let silence_max = PATIENCE;
+        let terms = Terms { page_size: 16, chunk_tokens: 8, kv_tokens: 64, silence_max };
+        let arrived = vec![None, arrived(work, Some(pulse)), arrived(half, None)];
+        let mut door = Door { own: member(0), terms, session: 1, arrived };
+        door.forget_the_gone();
+        assert_eq!(door.missing(), "rank 2");
+        drop(other_end);
+        while door.has(1) {
+            door.forget_the_gone();
+        }
+        assert_eq!(door.missing(), "ranks 1, 2");
+    }
+
+    #[test]
+    fn a_quiet_connection_is_kept_open() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
+        let work = TcpStream::connect(listener.local_addr().expect("bound")).expect("connects");
+        stay_open(&work, Duration::from_millis(300)).expect("the system can");
+        let socket = SockRef::from(&work);
+        assert!(socket.keepalive().expect("known"));
+        assert_eq!(socket.tcp_keepalive_time().expect("known"), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn another_leader_is_found_after_one_that_gave_up() {
+        let (first, gave_up) = leader(MOMENT);
+        let (second, gathered) = leader(PATIENCE);
+        let mut leaders = [first, second.clone()].into_iter();
+        let other = follower(&second, 2);
+        let mut find = move || Ok(leaders.next().unwrap_or_else(|| second.clone()));
+        let joining = std::thread::spawn(move || join(&mut find, &member(1), PATIENCE));
+        gave_up.recv().expect("ends").expect_err("not everyone came");
+        let _pulse = gathered.recv().expect("ends").expect("all have come");
+        joining.join().expect("no panic").expect("it is taken");
+        other.recv().expect("ends").expect("it is taken");
     }
 }

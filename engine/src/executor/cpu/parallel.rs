@@ -171,8 +171,19 @@ impl Executor for TensorParallel {
 fn run_all(ranks: &mut [CpuExecutor], rows: &[Row<'_>]) -> Result<Partials, RankLost> {
     let Some((first, others)) = ranks.split_first_mut() else { return Ok(Vec::new()) };
     std::thread::scope(|scope| {
-        let others: Vec<_> =
-            others.iter_mut().map(|rank| scope.spawn(|| run(rank, rows))).collect();
+        let mut started = Vec::new();
+        for rank in others {
+            let number = rank.model.shard().rank;
+            match std::thread::Builder::new().spawn_scoped(scope, || run(rank, rows)) {
+                Ok(rank) => started.push(rank),
+                Err(error) => {
+                    // Those that run wait for it.
+                    first.collective.give_up();
+                    return Err(RankLost::new(number, format!("it has no thread: {error}")));
+                }
+            }
+        }
+        let others = started;
         let first = run(first, rows);
         let others = others.into_iter().map(|rank| match rank.join() {
             Ok(found) => found,
