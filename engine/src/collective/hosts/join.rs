@@ -502,7 +502,9 @@ mod tests {
     fn follower(address: &str, host: usize) -> Receiver<Result<Joined, JoinError>> {
         let (address, (tell, told)) = (address.to_owned(), channel());
         std::thread::spawn(move || {
-            tell.send(join(&mut || Ok(address.clone()), &member(host), PATIENCE))
+            let joined = join(&mut || Ok(address.clone()), &member(host), PATIENCE);
+            // A failed test listens no more.
+            let _ = tell.send(joined);
         });
         told
     }
