@@ -2,7 +2,7 @@
 //!
 //! A block of a panel is expanded to signed bytes once; then 16 rows at a time meet it group by
 //! group. The tile unit gives exact sums, AVX-512 scales and adds them in the order of
-//! [`super::int`].
+//! [`super::int`]. Sixteen rows or fewer have a way of their own, [`super::amx_one`].
 //!
 //! A group is 32 inputs of two levels, a tile row 64 bytes. Of a four-bit weight `q` both `q` and
 //! `16 q` are bytes, so `16 Σ q·hi + Σ q·lo` is one product of `[hi | lo]` with `[16 q | q]`. Other
@@ -15,21 +15,19 @@ use super::activations::{Activations, HIGH_SHIFT, TILE};
 use super::buffer::Buffer;
 use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales};
 use super::packed::{Geometry, Kind, QuantTiles};
-use super::{Out, PANEL, amx_whole as whole};
+use super::{Out, PANEL, amx_one as one, amx_whole as whole};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Panels that are expanded together and meet the rows one after the other; fewer for a single tile
-/// of rows, so that what was expanded is still in the nearest cache.
+/// Panels that are expanded together and meet the rows one after the other.
 const PANELS: usize = 8;
-const PANELS_ONE_TILE: usize = 2;
 /// Products between the start of one and the use of its sums: so long the tile unit takes, and its
 /// stores to reach the cache.
-const LAG: usize = 6;
+pub(super) const LAG: usize = 6;
 /// Tiles of sums that are kept.
-const RING: usize = 8;
+pub(super) const RING: usize = 8;
 /// Bytes of a block of a panel, expanded, at most.
 const BLOCK: usize = 8 * 1024;
 
@@ -73,24 +71,24 @@ impl TileConfig {
 }
 
 /// What one thread needs.
-struct Scratch {
+pub(super) struct Scratch {
     /// Expanded blocks, [`BLOCK`] bytes a panel.
-    bytes: Buffer,
+    pub(super) bytes: Buffer,
     /// Scales of these blocks.
     scales: Vec<Scales>,
     /// Sums over the blocks so far, `[tile][panel]`.
     totals: Vec<Total>,
-    ring: Box<Ring>,
+    pub(super) ring: Box<Ring>,
 }
 
 /// The sums of 16 rows and 16 columns.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Total([[f32; PANEL]; TILE]);
+pub(super) struct Total(pub(super) [[f32; PANEL]; TILE]);
 
 /// Integer sums, as the tile unit stores them.
 #[repr(C, align(64))]
-struct Ring([[[i32; PANEL]; TILE]; RING]);
+pub(super) struct Ring(pub(super) [[[i32; PANEL]; TILE]; RING]);
 
 impl Default for Scratch {
     fn default() -> Self {
@@ -139,7 +137,7 @@ const fn depth<F: Format>() -> usize {
 }
 
 /// Products of a group.
-const fn products<F: Format>() -> usize {
+pub(super) const fn products<F: Format>() -> usize {
     if F::NIBBLES { 1 } else { 2 }
 }
 
@@ -161,59 +159,77 @@ unsafe fn all<F: Format>(
     let config = TileConfig::new([c, c, c, c, a, a, b, b]);
     // SAFETY: the caller's promise.
     unsafe { config.load() };
-    let step = if tiles == 1 { PANELS_ONE_TILE } else { PANELS };
     SCRATCH.with_borrow_mut(|scratch| {
-        for first in panels.clone().step_by(step) {
-            let batch = first..(first + step).min(panels.end);
+        if tiles == 1 {
+            // SAFETY: the tiles are configured; the caller's promises.
+            return unsafe {
+                match tile_rows {
+                    1..=4 => one::multiply::<F, 4>(w, x, scratch, panels, &rows, out),
+                    5..=8 => one::multiply::<F, 8>(w, x, scratch, panels, &rows, out),
+                    _ => one::multiply::<F, 16>(w, x, scratch, panels, &rows, out),
+                }
+            };
+        }
+        for first in panels.clone().step_by(PANELS) {
+            let batch = first..(first + PANELS).min(panels.end);
             scratch.totals.clear();
             scratch.totals.resize(tiles * batch.len(), Total([[0.0; PANEL]; TILE]));
             // SAFETY: the tiles are configured; the caller's promises.
             unsafe {
-                match tile_rows {
-                    1..=4 => blocks::<F, 4>(w, x, scratch, &batch, &rows),
-                    5..=8 => blocks::<F, 8>(w, x, scratch, &batch, &rows),
-                    _ => blocks::<F, 16>(w, x, scratch, &batch, &rows),
-                }
+                blocks::<F>(w, x, scratch, &batch, &rows);
                 store(w, scratch, batch, &rows, out);
             }
         }
     });
 }
 
-/// Expands a block of a panel to bytes (`[group][vector]`), and fetches what is used next.
+/// Expands the group at `from` to bytes.
+///
+/// # Safety
+/// A group lies there, `to` has room for its vectors and is aligned to them; AVX-512.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(super) unsafe fn expand<F: Format>(from: *const u8, to: *mut u8) {
+    let offset = |shift: u32| _mm512_set1_epi8(F::SHIFT.map_or(0, |s| (1u32 << (s + shift)) as i8));
+    // SAFETY: the caller's promises.
+    unsafe {
+        let q = F::quants(from);
+        for (i, q) in q.iter().enumerate().take(F::VECTORS) {
+            let weight = _mm512_sub_epi8(*q, offset(0));
+            if F::NIBBLES {
+                // A stored value is below 16, so nothing crosses a byte.
+                let high = _mm512_sub_epi8(_mm512_slli_epi16::<4>(*q), offset(4));
+                _mm512_store_si512(to.add(i * 64).cast(), high);
+                _mm512_store_si512(to.add((i + 8) * 64).cast(), weight);
+            } else {
+                _mm512_store_si512(to.add(i * 64).cast(), weight);
+            }
+        }
+    }
+}
+
+/// Expands a block of a panel (`[group][vector]`), and fetches what is used next.
 ///
 /// # Safety
 /// `weights` is a panel of the geometry with that block, `to` has room for [`BLOCK`] bytes; AVX-512.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn expand<F: Format>(
+unsafe fn expand_block<F: Format>(
     weights: *const u8,
     g: &Geometry,
     block: usize,
     next: *const u8,
     to: *mut u8,
 ) {
-    let offset = |shift: u32| _mm512_set1_epi8(F::SHIFT.map_or(0, |s| (1u32 << (s + shift)) as i8));
     let lines = F::BYTES / 64 + 1;
     for j in 0..g.groups(block) {
-        // SAFETY: the group exists; prefetching is harmless anywhere.
+        for i in 0..lines {
+            let line = next.wrapping_add((j * lines + i) * 64);
+            _mm_prefetch::<_MM_HINT_T0>(line.cast());
+        }
+        // SAFETY: the group exists.
         unsafe {
-            for i in 0..lines {
-                let line = next.wrapping_add((j * lines + i) * 64);
-                _mm_prefetch::<_MM_HINT_T0>(line.cast());
-            }
-            let q = F::quants(weights.add(g.quants_at(block) + j * F::BYTES));
-            let to = to.add(j * depth::<F>() * 64);
-            for (i, q) in q.iter().enumerate().take(F::VECTORS) {
-                let weight = _mm512_sub_epi8(*q, offset(0));
-                if F::NIBBLES {
-                    // A stored value is below 16, so nothing crosses a byte.
-                    let high = _mm512_sub_epi8(_mm512_slli_epi16::<4>(*q), offset(4));
-                    _mm512_store_si512(to.add(i * 64).cast(), high);
-                    _mm512_store_si512(to.add((i + 8) * 64).cast(), weight);
-                } else {
-                    _mm512_store_si512(to.add(i * 64).cast(), weight);
-                }
-            }
+            let from = weights.add(g.quants_at(block) + j * F::BYTES);
+            expand::<F>(from, to.add(j * depth::<F>() * 64));
         }
     }
 }
@@ -222,9 +238,9 @@ unsafe fn expand<F: Format>(
 /// nearest caches while the rows pass.
 ///
 /// # Safety
-/// As [`multiply`]; the tiles are configured, `R` is at least their rows.
+/// As [`multiply`]; the tiles are configured.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn blocks<F: Format, const R: usize>(
+unsafe fn blocks<F: Format>(
     w: &QuantTiles,
     x: &Activations,
     scratch: &mut Scratch,
@@ -245,7 +261,7 @@ unsafe fn blocks<F: Format, const R: usize>(
             unsafe {
                 F::scales(weights, &g, block, &mut scratch.scales[i]);
                 let to = scratch.bytes.as_mut_ptr().add(i * BLOCK);
-                expand::<F>(weights, &g, block, next, to);
+                expand_block::<F>(weights, &g, block, next, to);
             }
         }
         let units = rows.len().div_ceil(TILE) * panels.len();
@@ -259,9 +275,7 @@ unsafe fn blocks<F: Format, const R: usize>(
             bytes: scratch.bytes.as_ptr(),
         };
         // SAFETY: the caller's promises.
-        unsafe {
-            tiles::<F, R>(&job, units, &scratch.scales, &mut scratch.totals, &mut scratch.ring)
-        }
+        unsafe { tiles::<F>(&job, units, &scratch.scales, &mut scratch.totals, &mut scratch.ring) }
     }
 }
 
@@ -365,7 +379,7 @@ impl<F: Format> Feed<'_, F> {
 /// # Safety
 /// As [`multiply`]; the tiles are configured and the blocks are expanded.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn tiles<F: Format, const R: usize>(
+unsafe fn tiles<F: Format>(
     block: &Block<'_>,
     units: usize,
     scales: &[Scales],
@@ -401,7 +415,7 @@ unsafe fn tiles<F: Format, const R: usize>(
         walk.step();
         let (row, scales) = (block.rows.start + tile * TILE, &scales[panel]);
         let xsums = x.sums[x.sum_at(row, block.block * 8)..].as_ptr();
-        let mut a = [_mm512_setzero_ps(); R];
+        let mut a = [_mm512_setzero_ps(); TILE];
         for j in 0..block.groups {
             for _ in 0..products::<F>() {
                 // SAFETY: the caller's promise.
@@ -413,7 +427,7 @@ unsafe fn tiles<F: Format, const R: usize>(
             let min = if F::MINS { scales.m[j] } else { _mm512_setzero_ps() };
             // SAFETY: slots of the ring, aligned; sums are kept for whole tiles of rows.
             unsafe {
-                add::<F, R>(&mut a, scales.s[j], high, low, min, xsums.wrapping_add(j * TILE))
+                add::<F, TILE>(&mut a, scales.s[j], high, low, min, xsums.wrapping_add(j * TILE))
             };
         }
         let total = &mut totals[tile * block.panels + panel];
@@ -433,7 +447,7 @@ unsafe fn tiles<F: Format, const R: usize>(
 /// `R` rows of inputs at `x`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn add<F: Format, const R: usize>(
+pub(super) unsafe fn add<F: Format, const R: usize>(
     a: &mut [__m512; R],
     scale: __m512,
     high: *const u8,
@@ -502,7 +516,7 @@ unsafe fn store(
 /// # Safety
 /// The tiles are configured, the operands have their shape and `to` has room for a tile.
 #[inline(always)]
-unsafe fn start<F: Format>(i: usize, a: *const u8, b: *const u8, to: *mut u8) {
+pub(super) unsafe fn start<F: Format>(i: usize, a: *const u8, b: *const u8, to: *mut u8) {
     macro_rules! product {
         ($op:literal, $sums:literal, $a:literal, $b:literal, $before:literal) => {
             asm!(
@@ -541,7 +555,7 @@ unsafe fn start<F: Format>(i: usize, a: *const u8, b: *const u8, to: *mut u8) {
 /// # Safety
 /// As [`start`].
 #[inline(always)]
-unsafe fn flush(i: usize, to: *mut u8) {
+pub(super) unsafe fn flush(i: usize, to: *mut u8) {
     macro_rules! store {
         ($before:literal) => {
             asm!(

@@ -9,6 +9,8 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 mod amx_bf16;
 #[cfg(target_arch = "x86_64")]
+mod amx_one;
+#[cfg(target_arch = "x86_64")]
 mod amx_whole;
 mod buffer;
 mod float;

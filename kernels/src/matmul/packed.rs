@@ -71,9 +71,9 @@ impl Kind {
     /// Up to so many rows the broadcast kernel beats the tile unit (measured).
     pub(super) fn few(self) -> usize {
         match self {
-            Kind::Q8_0 | Kind::Q4_0 | Kind::Q4_1 | Kind::Q4K => 4,
+            Kind::Q8_0 | Kind::Q4_0 | Kind::Q4_1 | Kind::Q4K => 2,
             // Groups of 16 fill only a quarter of a tile.
-            Kind::Q6K => 8,
+            Kind::Q6K => 6,
         }
     }
 
