@@ -366,10 +366,11 @@ async fn accept(
             let _place = place;
             tokio::select! {
                 () = stop.cancelled() => {}
-                served = serve(stream, &leases, format, times) => match served {
-                    Ok(sent) => metrics::kv_sent(sent.bytes),
-                    Err(error) => tracing::debug!(%error, "KV connection ended early"),
-                },
+                served = serve(stream, &leases, format, times, metrics::kv_sent) => {
+                    if let Err(error) = served {
+                        tracing::debug!(%error, "KV connection ended early");
+                    }
+                }
             }
         });
     }

@@ -186,9 +186,9 @@ pub fn kv_pulled(outcome: &'static str, bytes: u64) {
     counter!("headstart_base_kv_received_bytes_total").increment(bytes);
 }
 
-/// KV was sent to another base.
-pub fn kv_sent(bytes: u64) {
-    counter!("headstart_base_kv_sent_bytes_total").increment(bytes);
+/// A page of KV was sent to another base.
+pub fn kv_sent(bytes: usize) {
+    counter!("headstart_base_kv_sent_bytes_total").increment(bytes as u64);
 }
 
 /// A request goes on here, with so many tokens' KV from another base.

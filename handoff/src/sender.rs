@@ -32,47 +32,37 @@ pub enum ServeError {
     Stalled,
 }
 
-/// What a connection came to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sent {
-    /// Pages sent.
-    pub pages: usize,
-    /// Bytes of them.
-    pub bytes: u64,
-}
-
-/// Serves a receiver until it has everything, leaves, or the lease ends.
+/// Serves a receiver until it has everything, leaves, or the lease ends. `on_page` hears of each page
+/// that is sent, with its bytes.
 ///
 /// # Errors
-/// [`ServeError`]; the receiver goes on with what it has.
+/// [`ServeError`]; the receiver goes on with what it has. One that leaves when it has enough is an error
+/// too.
 pub async fn serve(
     stream: impl KvStream,
     leases: &Leases,
     format: KvFormat,
     times: Times,
-) -> Result<Sent, ServeError> {
+    on_page: impl Fn(usize),
+) -> Result<(), ServeError> {
     let (read, write) = tokio::io::split(stream);
-    let mut connection = Connection { read, write, times, sent: Sent::default() };
-    match connection.run(leases, format).await {
-        Ok(()) => Ok(connection.sent),
-        Err(error) => {
-            if let ServeError::Refused(refusal) = &error {
-                // A receiver that takes no last word does without.
-                let _ = connection.control(SenderFrame::Refuse(refusal.clone())).await;
-            }
-            Err(error)
-        }
+    let mut connection = Connection { read, write, times, on_page };
+    let ended = connection.run(leases, format).await;
+    if let Err(ServeError::Refused(refusal)) = &ended {
+        // A receiver that takes no last word does without.
+        let _ = connection.control(SenderFrame::Refuse(refusal.clone())).await;
     }
+    ended
 }
 
-struct Connection<S> {
+struct Connection<S, P> {
     read: ReadHalf<S>,
     write: WriteHalf<S>,
     times: Times,
-    sent: Sent,
+    on_page: P,
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin, P: Fn(usize)> Connection<S, P> {
     async fn run(&mut self, leases: &Leases, format: KvFormat) -> Result<(), ServeError> {
         let hello = self.hello().await?;
         if hello.format.model != format.model {
@@ -186,8 +176,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             let position = has.len() * page_size;
             let written = wire::write_page(&mut self.write, position, page.tokens(), &data);
             in_time(written, self.times).await?;
-            self.sent.pages += 1;
-            self.sent.bytes += data.len() as u64;
+            (self.on_page)(data.len());
             has.push(page.serial());
             spare.push(data);
         }

@@ -73,7 +73,7 @@ async fn an_answer_goes_on_among_more_or_fewer_ranks() {
         let mut accepted = network.listen("sender");
         let serving = async {
             let stream = accepted.recv().await.expect("a connection");
-            serve(stream, &leases, theirs, Times::default()).await.expect("whole")
+            serve(stream, &leases, theirs, Times::default(), |_| {}).await.expect("whole")
         };
         let source = Source { address: "sender".into(), request_id: id, epoch: Epoch::FIRST };
         let (import, progress) = (to.import(), watch::Sender::new(Progress::default()));

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -107,8 +108,8 @@ struct Sender {
     engine: EngineHandle,
     leases: Leases,
     offer: Offer,
-    /// How each connection ended.
-    ended: mpsc::Receiver<Result<usize, ServeError>>,
+    /// The pages that each connection sent, and how it ended.
+    ended: mpsc::Receiver<(usize, Result<(), ServeError>)>,
 }
 
 async fn sender(network: &InMemory, options: FakeOptions, times: Times) -> Sender {
@@ -125,14 +126,16 @@ fn listen(
     engine: &EngineHandle,
     leases: &Leases,
     times: Times,
-) -> mpsc::Receiver<Result<usize, ServeError>> {
+) -> mpsc::Receiver<(usize, Result<(), ServeError>)> {
     let mut accepted = network.listen("sender");
     let (outcomes, ended) = mpsc::channel(8);
     let (leases, format) = (leases.clone(), engine.kv_format().expect("pages can leave"));
     tokio::spawn(async move {
         while let Some(stream) = accepted.recv().await {
-            let served = serve(stream, &leases, format, times).await;
-            let _ = outcomes.send(served.map(|sent| sent.pages)).await;
+            let pages = AtomicUsize::new(0);
+            let count = |_| _ = pages.fetch_add(1, Ordering::Relaxed);
+            let served = serve(stream, &leases, format, times, count).await;
+            let _ = outcomes.send((pages.into_inner(), served)).await;
         }
     });
     ended
@@ -177,7 +180,9 @@ async fn pages_arrive_and_are_given_up_by_the_sender() {
     let receiver = receiver(FakeOptions::default());
     let kept = tokio::spawn(sender.offer.until_pulled(PATIENT.lease));
     receiver.pull(&network, PATIENT).await.expect("whole");
-    assert_eq!(sender.ended.recv().await.expect("a connection").expect("whole"), 7);
+    let (pages, ended) = sender.ended.recv().await.expect("a connection");
+    ended.expect("whole");
+    assert_eq!(pages, 7);
     assert!(kept.await.expect("no panic"));
     assert!(sender.leases.is_empty());
     let progress = *receiver.progress.borrow();
@@ -198,14 +203,17 @@ async fn tcp_carries_them_as_memory_does() {
     let format = engine.kv_format().expect("pages can leave");
     let serving = async {
         let (stream, _) = listener.accept().await.expect("a connection");
-        serve(stream, &leases, format, PATIENT).await.expect("whole")
+        let bytes = AtomicUsize::new(0);
+        let count = |page| _ = bytes.fetch_add(page, Ordering::Relaxed);
+        serve(stream, &leases, format, PATIENT, count).await.expect("whole");
+        bytes.into_inner()
     };
     let receiver = receiver(FakeOptions::default());
     let source = Source { address, ..source() };
     let pulling = pull(&Tcp, &source, format, &receiver.import, &receiver.progress, PATIENT);
     let (sent, pulled) = tokio::join!(serving, pulling);
     pulled.expect("whole");
-    assert_eq!(sent.pages, 7);
+    assert_eq!(sent, 7 * format.layout.page_bytes());
     assert_eq!(receiver.reused().await, PROMPT - 1);
 }
 
@@ -254,7 +262,9 @@ async fn a_receiver_follows_a_draft_that_is_still_read() {
     pulled.expect("whole");
     assert!(kept);
     // The last draft token waits for its result.
-    assert_eq!(ended.recv().await.expect("a connection").expect("whole"), 5);
+    let (pages, ended) = ended.recv().await.expect("a connection");
+    ended.expect("whole");
+    assert_eq!(pages, 5);
     let context = [&prompt[..], &draft[..]].concat();
     let generation = receiver.engine.submit(request(context.clone(), 8)).expect("a slot");
     let alone = engine(FakeOptions::default()).submit(request(context, 8)).expect("a slot");
@@ -408,7 +418,7 @@ async fn a_lease_that_ends_ends_its_readers_stream() {
     };
     let (pulled, ()) = tokio::join!(receiver.pull(&network, PATIENT), ending);
     assert_eq!(pulled.expect_err("ended").code(), "expired");
-    let served = ended.recv().await.expect("a connection");
+    let (_, served) = ended.recv().await.expect("a connection");
     assert!(
         matches!(served, Err(ServeError::Refused(refusal)) if refusal.code == RefusalCode::Expired)
     );
@@ -435,8 +445,9 @@ async fn a_receiver_that_dies_costs_the_sender_nothing() {
             _ = seen.wait_for(|progress| progress.bytes > 0) => {}
         }
     }
-    let served = ended.recv().await.expect("a connection");
+    let (pages, served) = ended.recv().await.expect("a connection");
     assert!(matches!(served, Err(ServeError::Wire(_))), "{served:?}");
+    assert!(pages > 0, "what was sent counts, however it ends");
     // Another one reads it all.
     drop(generation);
     receiver.pull(&network, PATIENT).await.expect("whole");
