@@ -232,7 +232,7 @@ impl Bench {
         let serving = tokio::spawn(async move {
             let (stream, _) = listener.accept().await.map_err(failed)?;
             stream.set_nodelay(true).map_err(failed)?;
-            serve(stream, &leases, format, Times::default()).await.map_err(failed)
+            serve(stream, &leases, format, Times::default(), |_| {}).await.map_err(failed)
         });
         let import = self.to.import();
         let progress = watch::Sender::new(Progress::default());
