@@ -88,7 +88,7 @@ pub(super) struct Total(pub(super) [[f32; PANEL]; TILE]);
 
 /// Integer sums, as the tile unit stores them.
 #[repr(C, align(64))]
-pub(super) struct Ring(pub(super) [[[i32; PANEL]; TILE]; RING]);
+pub(super) struct Ring([[[i32; PANEL]; TILE]; RING]);
 
 impl Default for Scratch {
     fn default() -> Self {
@@ -316,12 +316,57 @@ impl Walk {
     }
 }
 
-/// Issues the products of a block, one after the other.
-struct Feed<'a, F: Format> {
-    block: &'a Block<'a>,
-    /// Products of the block.
-    total: usize,
+/// Issues products, one after the other, and keeps their sums in turn.
+pub(super) struct Pipeline {
     issued: usize,
+    total: usize,
+    pub(super) ring: *mut u8,
+}
+
+impl Pipeline {
+    /// Of `total` products, whose sums go to `ring`.
+    pub(super) fn new(total: usize, ring: &mut Ring) -> Self {
+        Pipeline { issued: 0, total, ring: ring.0.as_mut_ptr().cast() }
+    }
+
+    /// Starts the next product, of the levels and weights that `operands` gives, and stores the sums of
+    /// the one before the last.
+    ///
+    /// # Safety
+    /// The tiles are configured for the format, and the operands are of it.
+    #[inline(always)]
+    pub(super) unsafe fn next<F: Format>(
+        &mut self,
+        operands: impl FnOnce() -> (*const u8, *const u8),
+    ) {
+        let i = self.issued;
+        if i >= self.total + 2 {
+            return;
+        }
+        self.issued += 1;
+        let to = self.ring.wrapping_add((i + RING - 2) % RING * 1024);
+        // SAFETY: the caller's promise; a slot of the ring.
+        unsafe {
+            if i < self.total {
+                let (a, b) = operands();
+                start::<F>(i % 4, a, b, to);
+            } else {
+                flush(i % 4, to);
+            }
+        }
+    }
+}
+
+/// Where level `level` of a row's group `group` is, in bytes, if groups of 32 are `stride` apart.
+#[inline(always)]
+pub(super) fn level_at<F: Format>(group: usize, level: usize, stride: usize) -> usize {
+    let per32 = 8 / F::VECTORS;
+    group / per32 * stride + group % per32 * 16 + level * 32
+}
+
+/// Gives a block's products their operands.
+struct Feed<'a> {
+    block: &'a Block<'a>,
     walk: Walk,
     group: usize,
     level: usize,
@@ -329,27 +374,11 @@ struct Feed<'a, F: Format> {
     a: *const u8,
     a_stride: usize,
     b: *const u8,
-    ring: *mut u8,
-    format: std::marker::PhantomData<F>,
 }
 
-impl<F: Format> Feed<'_, F> {
-    /// Starts the next product and stores the sums of the one before the last.
-    ///
-    /// # Safety
-    /// The tiles are configured for the format.
+impl Feed<'_> {
     #[inline(always)]
-    unsafe fn next(&mut self) {
-        let i = self.issued;
-        if i >= self.total + 2 {
-            return;
-        }
-        self.issued += 1;
-        let to = self.ring.wrapping_add((i + RING - 2) % RING * 1024);
-        if i >= self.total {
-            // SAFETY: the caller's promise; a slot of the ring.
-            return unsafe { flush(i % 4, to) };
-        }
+    fn next<F: Format>(&mut self) -> (*const u8, *const u8) {
         if self.group == 0 && self.level == 0 {
             let Walk { tile, panel, .. } = self.walk;
             self.walk.step();
@@ -358,12 +387,8 @@ impl<F: Format> Feed<'_, F> {
             self.a = a.wrapping_add(self.block.block * 8 * stride);
             self.b = self.block.bytes.wrapping_add(panel * BLOCK);
         }
-        let per32 = 8 / F::VECTORS;
-        let within = self.group % per32 * 16 + self.level * 32;
-        let a = self.a.wrapping_add(self.group / per32 * self.a_stride + within);
+        let a = self.a.wrapping_add(level_at::<F>(self.group, self.level, self.a_stride));
         let b = self.b.wrapping_add(self.group * depth::<F>() * 64);
-        // SAFETY: the unit has that group; the caller's promise.
-        unsafe { start::<F>(i % 4, a, b, to) };
         self.level += 1;
         if self.level == products::<F>() {
             (self.level, self.group) = (0, self.group + 1);
@@ -371,6 +396,7 @@ impl<F: Format> Feed<'_, F> {
                 self.group = 0;
             }
         }
+        (a, b)
     }
 }
 
@@ -386,27 +412,15 @@ unsafe fn tiles<F: Format>(
     totals: &mut [Total],
     ring: &mut Ring,
 ) {
-    let sums: *mut u8 = ring.0.as_mut_ptr().cast();
-    let total = units * block.groups * products::<F>();
-    let none = std::ptr::null();
     let tiles = block.rows.len().div_ceil(TILE);
     let mut walk = Walk { tiles, panels: block.panels, tile: 0, panel: 0 };
-    let mut feed = Feed::<F> {
-        block,
-        total,
-        issued: 0,
-        walk,
-        group: 0,
-        level: 0,
-        a: none,
-        a_stride: 0,
-        b: none,
-        ring: sums,
-        format: std::marker::PhantomData,
-    };
+    let mut pipeline = Pipeline::new(units * block.groups * products::<F>(), ring);
+    let sums = pipeline.ring;
+    let none = std::ptr::null();
+    let mut feed = Feed { block, walk, group: 0, level: 0, a: none, a_stride: 0, b: none };
     for _ in 0..LAG {
         // SAFETY: the caller's promise.
-        unsafe { feed.next() };
+        unsafe { pipeline.next::<F>(|| feed.next::<F>()) };
     }
     let x = block.x;
     let mut used = 0;
@@ -419,7 +433,7 @@ unsafe fn tiles<F: Format>(
         for j in 0..block.groups {
             for _ in 0..products::<F>() {
                 // SAFETY: the caller's promise.
-                unsafe { feed.next() };
+                unsafe { pipeline.next::<F>(|| feed.next::<F>()) };
             }
             let high = sums.wrapping_add(used % RING * 1024);
             let low = sums.wrapping_add((used + 1) % RING * 1024);
@@ -516,7 +530,7 @@ unsafe fn store(
 /// # Safety
 /// The tiles are configured, the operands have their shape and `to` has room for a tile.
 #[inline(always)]
-pub(super) unsafe fn start<F: Format>(i: usize, a: *const u8, b: *const u8, to: *mut u8) {
+unsafe fn start<F: Format>(i: usize, a: *const u8, b: *const u8, to: *mut u8) {
     macro_rules! product {
         ($op:literal, $sums:literal, $a:literal, $b:literal, $before:literal) => {
             asm!(
@@ -555,7 +569,7 @@ pub(super) unsafe fn start<F: Format>(i: usize, a: *const u8, b: *const u8, to: 
 /// # Safety
 /// As [`start`].
 #[inline(always)]
-pub(super) unsafe fn flush(i: usize, to: *mut u8) {
+unsafe fn flush(i: usize, to: *mut u8) {
     macro_rules! store {
         ($before:literal) => {
             asm!(

@@ -2,11 +2,10 @@
 //!
 //! No panel meets a second tile, so a group is expanded just before its product, into one of a few
 //! places. They, the sums that the tile unit stores and the rows' levels share the nearest cache. Whole
-//! blocks, expanded first, drove each other out of it: eight rows took 1.8 times as long, sixteen 1.5
-//! times.
+//! blocks, expanded first, drove each other out of it: eight and sixteen rows took half as long again.
 
 use super::activations::{Activations, TILE};
-use super::amx::{LAG, RING, Ring, Scratch, Total, add, expand, flush, products, start};
+use super::amx::{LAG, Pipeline, RING, Scratch, Total, add, expand, level_at, products};
 use super::formats::{Format, Scales};
 use super::packed::QuantTiles;
 use super::{Out, PANEL};
@@ -38,6 +37,8 @@ struct Expansion<'a> {
 }
 
 impl Expansion<'_> {
+    /// Expands the next group, if one is left, and fetches one behind it.
+    ///
     /// # Safety
     /// AVX-512; the panels have so many groups left.
     #[inline]
@@ -65,6 +66,7 @@ impl Expansion<'_> {
         }
     }
 
+    /// Goes to the first group of the block.
     fn enter(&mut self) {
         let g = &self.w.geometry;
         self.in_block = g.groups(self.block);
@@ -72,10 +74,8 @@ impl Expansion<'_> {
     }
 }
 
-/// Issues product after product of the tile with what was expanded.
+/// Gives the tile's products their operands, from what was expanded.
 struct Feed {
-    issued: usize,
-    total: usize,
     /// The next group of the rows, of so many, and its level.
     group: usize,
     groups: usize,
@@ -83,34 +83,15 @@ struct Feed {
     a: *const u8,
     a_stride: usize,
     expanded: *const u8,
-    /// Groups issued.
+    /// Groups done.
     done: usize,
-    ring: *mut u8,
 }
 
 impl Feed {
-    /// Starts the next product and stores the sums of the one before the last.
-    ///
-    /// # Safety
-    /// The tiles are configured for the format and the group is expanded.
     #[inline(always)]
-    unsafe fn next<F: Format>(&mut self) {
-        let i = self.issued;
-        if i >= self.total + 2 {
-            return;
-        }
-        self.issued += 1;
-        let to = self.ring.wrapping_add((i + RING - 2) % RING * 1024);
-        if i >= self.total {
-            // SAFETY: the caller's promise; a slot of the ring.
-            return unsafe { flush(i % 4, to) };
-        }
-        let per32 = 8 / F::VECTORS;
-        let within = self.group % per32 * 16 + self.level * 32;
-        let a = self.a.wrapping_add(self.group / per32 * self.a_stride + within);
+    fn next<F: Format>(&mut self) -> (*const u8, *const u8) {
+        let a = self.a.wrapping_add(level_at::<F>(self.group, self.level, self.a_stride));
         let b = self.expanded.wrapping_add(self.done % PLACES * PLACE);
-        // SAFETY: the tile has that group; the caller's promise.
-        unsafe { start::<F>(i % 4, a, b, to) };
         self.level += 1;
         if self.level == products::<F>() {
             (self.level, self.group) = (0, self.group + 1);
@@ -119,6 +100,7 @@ impl Feed {
                 self.group = 0;
             }
         }
+        (a, b)
     }
 }
 
@@ -140,9 +122,10 @@ pub(super) unsafe fn multiply<F: Format, const R: usize>(
     let groups: usize = (0..g.blocks).map(|block| g.groups(block)).sum();
     let (a, a_stride) = x.tile(rows.start / TILE);
     let Scratch { bytes, ring, .. } = scratch;
-    let Ring(ring) = &mut **ring;
-    let sums: *mut u8 = ring.as_mut_ptr().cast();
     let left = panels.len() * groups;
+    if left == 0 {
+        return;
+    }
     let mut ahead = Expansion {
         w,
         left,
@@ -153,22 +136,11 @@ pub(super) unsafe fn multiply<F: Format, const R: usize>(
         to: bytes.as_mut_ptr(),
         done: 0,
     };
-    if left == 0 {
-        return;
-    }
     ahead.enter();
-    let mut feed = Feed {
-        issued: 0,
-        total: left * products::<F>(),
-        group: 0,
-        groups,
-        level: 0,
-        a,
-        a_stride,
-        expanded: bytes.as_ptr(),
-        done: 0,
-        ring: sums,
-    };
+    let mut pipeline = Pipeline::new(left * products::<F>(), ring);
+    let sums = pipeline.ring;
+    let expanded = bytes.as_ptr();
+    let mut feed = Feed { group: 0, groups, level: 0, a, a_stride, expanded, done: 0 };
     // SAFETY: the panels have so many groups; a product's group is expanded before it.
     unsafe {
         for _ in 0..AHEAD {
@@ -178,7 +150,7 @@ pub(super) unsafe fn multiply<F: Format, const R: usize>(
             if i % products::<F>() == 0 {
                 ahead.next::<F>();
             }
-            feed.next::<F>();
+            pipeline.next::<F>(|| feed.next::<F>());
         }
     }
     let factors = x.scale[rows.start * g.blocks..].as_ptr();
@@ -197,16 +169,16 @@ pub(super) unsafe fn multiply<F: Format, const R: usize>(
                 unsafe {
                     ahead.next::<F>();
                     for _ in 0..products::<F>() {
-                        feed.next::<F>();
+                        pipeline.next::<F>(|| feed.next::<F>());
                     }
                 }
                 let high = sums.wrapping_add(used % RING * 1024);
                 let low = sums.wrapping_add((used + 1) % RING * 1024);
                 used += products::<F>();
-                let min = if F::MINS { scales.m[j % 8] } else { _mm512_setzero_ps() };
+                let min = if F::MINS { scales.m[j] } else { _mm512_setzero_ps() };
                 let xsums = xsums.wrapping_add(j * TILE);
                 // SAFETY: slots of the ring, aligned; sums are kept for whole tiles of rows.
-                unsafe { add::<F, R>(&mut a, scales.s[j % 16], high, low, min, xsums) };
+                unsafe { add::<F, R>(&mut a, scales.s[j], high, low, min, xsums) };
             }
             for (r, a) in a.iter().enumerate() {
                 let to = total.0[r].as_mut_ptr();

@@ -183,9 +183,8 @@ fn run_all(ranks: &mut [CpuExecutor], rows: &[Row<'_>]) -> Result<Partials, Rank
                 }
             }
         }
-        let others = started;
         let first = run(first, rows);
-        let others = others.into_iter().map(|rank| match rank.join() {
+        let others = started.into_iter().map(|rank| match rank.join() {
             Ok(found) => found,
             // `run` lets none through.
             Err(panicked) => std::panic::resume_unwind(panicked),
