@@ -22,6 +22,7 @@
 
 mod activation;
 mod attention;
+mod buffer;
 mod cpu;
 pub mod cuda;
 mod dtype;
@@ -38,9 +39,10 @@ mod vocab;
 
 pub use activation::{gelu_tanh_mul, scale, silu_mul, softcap};
 pub use attention::{AttentionArgs, AttentionSeq, KvPool, KvShape, KvSlot, paged_attention};
+pub use buffer::Arena;
 pub use cpu::{Cpu, Isa};
 pub use dtype::{DType, KernelError};
-pub use matmul::{Arena, Matrix, matmul_group};
+pub use matmul::{Matrix, matmul_group};
 pub use norm::{add, add_bias, add_rms_norm, rms_norm};
 pub use peak::{Peak, peak};
 pub use pool::ThreadPool;

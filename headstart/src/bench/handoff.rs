@@ -13,7 +13,7 @@ use headstart_base_node::kv::Kv;
 use headstart_engine::executor::cpu::{CpuExecutor, CpuOptions};
 use headstart_engine::model::{LoadOptions, Model, WeightDtype};
 use headstart_engine::{
-    DraftPolicy, EngineHandle, EngineOptions, Event, Generation, Known, Request, Sampling,
+    DraftPolicy, EngineHandle, EngineOptions, Event, Export, Generation, Known, Request, Sampling,
 };
 use headstart_handoff::{Leases, Progress, Source, Tcp, Times, pull, serve};
 use headstart_proto::{Epoch, RequestId};
@@ -33,6 +33,8 @@ use crate::models::command::fetch_all;
 const PAGE: usize = 16;
 /// Draft tokens behind the prefix, so that half a page is left over.
 const DRAFT: usize = PAGE + PAGE / 2;
+/// Copies of a prefix, and plain ones in turn with them, a round.
+const COPIES: usize = 5;
 /// Tokens that are written after the switch: one, and some to know a decode step by.
 const WRITTEN: usize = 9;
 /// Nothing here takes so long.
@@ -44,8 +46,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 Example:
   headstart bench handoff --model smollm2
 
-throughput: bytes/s of KV pages into the other engine's prefix cache, beside a plain TCP copy of the
-same bytes, in turn. exposed: from the switch to the first token written by the other engine, less
+ratio: bytes/s of KV pages into the other engine's prefix cache, beside a plain TCP copy of as many
+bytes right after it; the middle of all such pairs. exposed: from the switch to the first token written by the other engine, less
 what it takes where the answer stays, in decode steps.")]
 pub struct HandoffArgs {
     /// The model: a path, a short name (see `headstart models list`), or hf:owner/repo[:file.gguf]
@@ -57,7 +59,7 @@ pub struct HandoffArgs {
     /// Tokens of the prefix that moves
     #[arg(long, value_name = "N", default_value_t = 2000)]
     prefix: usize,
-    /// Rounds; each measures everything once
+    /// Rounds; each measures a switch that moves, one that stays, and five copies of either kind
     #[arg(long, value_name = "N", default_value_t = 7)]
     repetitions: usize,
     /// Write everything that was measured to this file
@@ -74,8 +76,8 @@ struct Report {
     handoff: Summary,
     /// Bytes a second.
     plain_tcp: Summary,
-    /// Of the medians.
-    throughput_ratio: f64,
+    /// Of each handoff to the plain copy after it.
+    throughput_ratio: Summary,
     /// From the switch to the first token, in seconds, where the answer moves.
     moved: Summary,
     /// The same where it stays.
@@ -120,7 +122,7 @@ fn print(report: &Report) {
         figure(report.prefix_bytes as f64 / 1e6),
         gigabytes(&report.handoff),
         gigabytes(&report.plain_tcp),
-        figure(report.throughput_ratio)
+        figure(report.throughput_ratio.median)
     );
     anstream::println!(
         "exposed   {} decode steps: first token after {} ms moved, {} ms stayed, a step {} ms",
@@ -131,9 +133,20 @@ fn print(report: &Report) {
     );
 }
 
+/// A prefix that was copied, both ways.
+struct Copy {
+    bytes: u64,
+    /// Bytes a second to the other engine.
+    handoff: f64,
+    /// Bytes a second over plain TCP.
+    plain: f64,
+}
+
 struct Bench {
     from: EngineHandle,
     to: EngineHandle,
+    /// Has room for one prefix, so that each one copied to it is new.
+    small: EngineHandle,
     from_kv: Arc<Kv>,
     to_kv: Arc<Kv>,
     /// State of the generator of prompts.
@@ -149,39 +162,31 @@ impl Bench {
                 format!("--prefix: the model holds {context} tokens, needed are {tokens}");
             return Err(Failure::Usage(message));
         }
-        let engine = || {
-            // A second prefix takes the pages of the first, which are warm.
-            let options = CpuOptions { threads, kv_tokens: 2 * tokens, ..CpuOptions::default() };
+        let engine = |kv_tokens| {
+            let options = CpuOptions { threads, kv_tokens, ..CpuOptions::default() };
             let executor = CpuExecutor::new(Arc::clone(model), options).map_err(failed)?;
             Ok::<_, Failure>(EngineHandle::start(Box::new(executor), EngineOptions::default()))
         };
-        let (from, to) = (engine()?, engine()?);
+        // A second prefix takes the pages of the first, which are warm.
+        let (from, to, small) = (engine(2 * tokens)?, engine(2 * tokens)?, engine(tokens)?);
         let listener = TcpListener::bind("127.0.0.1:0").await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?.to_string();
         let options =
             KvOptions { listener: Some(listener.into()), address, ..KvOptions::default() };
         let (from_kv, to_kv) = (Kv::new(&from, options), Kv::new(&to, KvOptions::default()));
-        Ok(Self { vocab_size: model.config().vocab_size, from, to, from_kv, to_kv })
+        Ok(Self { vocab_size: model.config().vocab_size, from, to, small, from_kv, to_kv })
     }
 
     async fn measure(&self, model: &str, args: &HandoffArgs) -> Result<Report, Failure> {
-        let (mut handoff, mut plain) = (Vec::new(), Vec::new());
+        let rounds = args.repetitions as u64;
+        let mut progress = Steps::start(&format!("measuring {model}"), 2 * rounds);
+        let copies = self.copies(args, &mut progress).await?;
         let (mut moved, mut stayed, mut steps) = (Vec::new(), Vec::new(), Vec::new());
-        let mut prefix_bytes = 0;
-        let mut progress = Steps::start(&format!("measuring {model}"), args.repetitions as u64);
-        // The first two rounds fill both pools, and count for nothing.
-        for round in 0..args.repetitions + 2 {
-            progress.at(round.saturating_sub(2) as u64, "throughput");
-            let prompt = self.prompt(3 * round as u64, args.prefix);
-            let (bytes, rate) = self.throughput(&prompt).await?;
-            let tcp = plain_copy(bytes, args.prefix / PAGE).await?;
-            progress.at(round.saturating_sub(2) as u64, "switch");
-            let here = self.stays(&self.prompt(3 * round as u64 + 1, args.prefix)).await?;
-            let there = self.moves(&self.prompt(3 * round as u64 + 2, args.prefix)).await?;
-            if round >= 2 {
-                prefix_bytes = bytes;
-                handoff.push(rate);
-                plain.push(tcp);
+        for round in 0..=rounds {
+            progress.at(rounds + round.saturating_sub(1), "switch");
+            let here = self.stays(&self.prompt(2 * round + 2, args.prefix)).await?;
+            let there = self.moves(&self.prompt(2 * round + 3, args.prefix)).await?;
+            if round > 0 {
                 stayed.push(here.first);
                 moved.push(there.first);
                 steps.push(there.step);
@@ -190,16 +195,16 @@ impl Bench {
         let summary = |samples| {
             Summary::of(samples).ok_or_else(|| Failure::Failed("nothing was measured".to_owned()))
         };
-        let (handoff, plain_tcp) = (summary(handoff)?, summary(plain)?);
+        let of_copies = |value: fn(&Copy) -> f64| summary(copies.iter().map(value).collect());
         let (moved, stayed, decode_step) = (summary(moved)?, summary(stayed)?, summary(steps)?);
         Ok(Report {
             model: model.to_owned(),
             prefix_tokens: args.prefix,
-            prefix_bytes,
-            throughput_ratio: handoff.median / plain_tcp.median,
+            prefix_bytes: copies.first().map_or(0, |copy| copy.bytes),
+            handoff: of_copies(|copy| copy.handoff)?,
+            plain_tcp: of_copies(|copy| copy.plain)?,
+            throughput_ratio: of_copies(|copy| copy.handoff / copy.plain)?,
             exposed_steps: (moved.median - stayed.median) / decode_step.median,
-            handoff,
-            plain_tcp,
             moved,
             stayed,
             decode_step,
@@ -218,11 +223,32 @@ impl Bench {
         (0..tokens).map(|_| next()).collect()
     }
 
-    /// Bytes of the prompt's pages, and how many of them a second went over.
-    async fn throughput(&self, prompt: &[u32]) -> Result<(u64, f64), Failure> {
-        let generation = self.from.submit(request(prompt, 1, None)).map_err(failed)?;
+    /// A prefix in turn to the other engine and plainly to memory.
+    async fn copies(&self, args: &HandoffArgs, progress: &mut Steps) -> Result<Vec<Copy>, Failure> {
+        // The sender keeps both; at the receiver one drives the other out.
+        let exports = [self.export(0, args).await?, self.export(1, args).await?];
+        let mut copies = Vec::new();
+        for n in 0..COPIES * (args.repetitions + 1) {
+            progress.at((n / COPIES).saturating_sub(1) as u64, "throughput");
+            let (bytes, handoff) = self.copy(exports[n % 2].clone()).await?;
+            let plain = plain_copy(bytes, args.prefix / PAGE).await?;
+            copies.push(Copy { bytes, handoff, plain });
+        }
+        // The first round fills the receiver's pool, and counts for nothing.
+        Ok(copies.split_off(COPIES))
+    }
+
+    /// The pages of a prompt that was read.
+    async fn export(&self, round: u64, args: &HandoffArgs) -> Result<Export, Failure> {
+        let prompt = self.prompt(round, args.prefix);
+        let generation = self.from.submit(request(&prompt, 1, None)).map_err(failed)?;
         let export = generation.export().await.map_err(failed)?;
         until_over(generation).await?;
+        Ok(export)
+    }
+
+    /// How many bytes went over, and how many of them a second.
+    async fn copy(&self, export: Export) -> Result<(u64, f64), Failure> {
         let format = self.from.kv_format().ok_or_else(|| failed("the KV cannot leave"))?;
         let leases = Leases::new(1);
         let (id, epoch) = name()?;
@@ -234,7 +260,7 @@ impl Bench {
             stream.set_nodelay(true).map_err(failed)?;
             serve(stream, &leases, format, Times::default(), |_| {}).await.map_err(failed)
         });
-        let import = self.to.import();
+        let import = self.small.import();
         let progress = watch::Sender::new(Progress::default());
         let source = Source { address, request_id: id, epoch };
         let started = Instant::now();

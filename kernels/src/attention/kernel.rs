@@ -1,6 +1,6 @@
 //! The inner loops: a block of queries that share one KV head, over all keys in reach.
 
-use super::kv::Data;
+use super::kv::Elements;
 use super::lanes::Element;
 use super::{KvPool, SEGMENT, lanes};
 #[cfg(target_arch = "x86_64")]
@@ -143,9 +143,9 @@ fn join(state: &mut State) {
 
 /// Attends the key blocks `from..to` (64 positions each) into the segment.
 fn attend_keys(block: &Block<'_>, from: usize, to: usize, state: &mut State) {
-    match block.kv.data() {
-        Data::Single(data) => attend_data(block, data, from, to, state),
-        Data::Half(data) => attend_data(block, data, from, to, state),
+    match block.kv.elements() {
+        Elements::Single(data) => attend_data(block, data, from, to, state),
+        Elements::Half(data) => attend_data(block, data, from, to, state),
     }
 }
 

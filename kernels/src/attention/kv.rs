@@ -1,9 +1,13 @@
 //! The pool of KV pages.
 
+use crate::buffer::Buffer;
 use crate::pool::SendPtr;
 use crate::{DType, KernelError, ThreadPool};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+
+#[cfg(not(target_endian = "little"))]
+compile_error!("KV pages travel as they lie in memory, which must be little-endian");
 
 /// The shape of a [`KvPool`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,15 +85,15 @@ pub struct KvSlot {
 #[derive(Debug)]
 pub struct KvPool {
     shape: KvShape,
-    data: Data,
+    data: Buffer,
     /// Rounded rows on their way into the pages.
     rounded: [Vec<f16>; 2],
 }
 
-#[derive(Debug)]
-pub(super) enum Data {
-    Single(Vec<f32>),
-    Half(Vec<f16>),
+/// The elements of a pool.
+pub(super) enum Elements<'a> {
+    Single(&'a [f32]),
+    Half(&'a [f16]),
 }
 
 impl KvPool {
@@ -111,11 +115,10 @@ impl KvPool {
             .try_fold(1usize, |a, b| a.checked_mul(*b))
             .filter(|n| *n <= isize::MAX as usize / size_of::<f32>());
         let Some(total) = total else { return bad("KV pool too large, pages", shape.pages) };
-        let data = match shape.dtype {
-            DType::F32 => Data::Single(vec![0.0; total]),
-            DType::F16 => Data::Half(zeroed(total)),
-            other => return bad("KV of a type with elements of bytes", other.block_bytes()),
-        };
+        if !matches!(shape.dtype, DType::F32 | DType::F16) {
+            return bad("KV of a type with elements of bytes", shape.dtype.block_bytes());
+        }
+        let data = Buffer::new(total * shape.dtype.block_bytes());
         Ok(KvPool { shape, data, rounded: Default::default() })
     }
 
@@ -124,8 +127,17 @@ impl KvPool {
         &self.shape
     }
 
-    pub(super) fn data(&self) -> &Data {
-        &self.data
+    pub(super) fn elements(&self) -> Elements<'_> {
+        match self.shape.dtype {
+            DType::F16 => Elements::Half(self.data.halves()),
+            _ => Elements::Single(self.data.floats()),
+        }
+    }
+
+    /// Where a page's bytes are.
+    fn page(&self, page: u32) -> std::ops::Range<usize> {
+        let bytes = self.shape.page_bytes();
+        page as usize * bytes..(page as usize + 1) * bytes
     }
 
     /// Writes the bytes of one page, all layers, little-endian: what is sent to another node or
@@ -134,21 +146,7 @@ impl KvPool {
     /// # Panics
     /// If the page is not in the pool, or `out` is not [`KvShape::page_bytes`] long.
     pub fn export_page(&self, page: u32, out: &mut [u8]) {
-        let len = self.shape.page_len();
-        let range = page as usize * len..(page as usize + 1) * len;
-        assert_eq!(out.len(), self.shape.page_bytes(), "export_page: bytes");
-        match &self.data {
-            Data::Single(d) => {
-                for (b, v) in out.as_chunks_mut().0.iter_mut().zip(&d[range]) {
-                    *b = v.to_le_bytes();
-                }
-            }
-            Data::Half(d) => {
-                for (b, v) in out.as_chunks_mut().0.iter_mut().zip(&d[range]) {
-                    *b = v.to_le_bytes();
-                }
-            }
-        }
+        out.copy_from_slice(&self.data.bytes()[self.page(page)]);
     }
 
     /// Overwrites one page with the bytes of another one.
@@ -156,13 +154,8 @@ impl KvPool {
     /// # Panics
     /// As [`KvPool::export_page`].
     pub fn import_page(&mut self, page: u32, bytes: &[u8]) {
-        let len = self.shape.page_len();
-        assert_eq!(bytes.len(), self.shape.page_bytes(), "import_page: bytes");
-        let range = page as usize * len..(page as usize + 1) * len;
-        match &mut self.data {
-            Data::Single(d) => fill(&mut d[range], bytes, f32::from_le_bytes),
-            Data::Half(d) => fill(&mut d[range], bytes, f16::from_le_bytes),
-        }
+        let page = self.page(page);
+        copy_past_caches(bytes, &mut self.data.bytes_mut()[page]);
     }
 
     /// Copies a page (copy-on-write).
@@ -170,13 +163,9 @@ impl KvPool {
     /// # Panics
     /// If a page is not in the pool.
     pub fn copy_page(&mut self, from: u32, to: u32) {
-        let len = self.shape.page_len();
         assert!(from.max(to) < self.shape.pages as u32, "copy_page: {from} to {to}");
-        let (from, to) = (from as usize * len, to as usize * len);
-        match &mut self.data {
-            Data::Single(d) => d.copy_within(from..from + len, to),
-            Data::Half(d) => d.copy_within(from..from + len, to),
-        }
+        let (from, to) = (self.page(from), self.page(to));
+        self.data.bytes_mut().copy_within(from, to.start);
     }
 
     /// Writes the keys and values of a batch (`k` and `v` are `[slots][kv_heads * head_dim]`).
@@ -195,14 +184,13 @@ impl KvPool {
         assert_eq!(k.len(), slots.len() * s.width(), "write_rows: keys");
         assert_eq!(v.len(), slots.len() * s.width(), "write_rows: values");
         slots.iter().for_each(|at| s.check_slot(layer, *at));
-        match &mut self.data {
-            Data::Single(data) => scatter(pool, &s, data, layer, slots, [k, v]),
-            Data::Half(data) => {
-                let [keys, values] = &mut self.rounded;
-                round(k, keys);
-                round(v, values);
-                scatter(pool, &s, data, layer, slots, [keys, values]);
-            }
+        if s.dtype == DType::F16 {
+            let [keys, values] = &mut self.rounded;
+            round(k, keys);
+            round(v, values);
+            scatter(pool, &s, self.data.halves_mut(), layer, slots, [keys, values]);
+        } else {
+            scatter(pool, &s, self.data.floats_mut(), layer, slots, [k, v]);
         }
     }
 
@@ -214,9 +202,9 @@ impl KvPool {
         let s = &self.shape;
         s.check_slot(layer, at);
         assert_eq!((k.len(), v.len()), (s.width(), s.width()), "read: one token");
-        let element = |i: usize| match &self.data {
-            Data::Single(d) => d[i],
-            Data::Half(d) => d[i].to_f32(),
+        let element = |i: usize| match self.elements() {
+            Elements::Single(elements) => elements[i],
+            Elements::Half(elements) => elements[i].to_f32(),
         };
         let slot = at.slot as usize;
         for head in 0..s.kv_heads {
@@ -242,40 +230,31 @@ impl KvPool {
     }
 }
 
-/// Fills `to` with the little-endian elements in `bytes`, past the caches where the machine can: a page
-/// is next read after many others came, and a plain store would read each line before it writes it.
-fn fill<E, const N: usize>(to: &mut [E], bytes: &[u8], element: fn([u8; N]) -> E) {
-    let plainly = |to: &mut [E], bytes: &[u8]| {
-        for (to, bytes) in to.iter_mut().zip(bytes.as_chunks().0) {
-            *to = element(*bytes);
-        }
-    };
+/// Copies past the caches where the machine can: a page is next read after many others came, and a
+/// plain store would read each line before it writes it.
+///
+/// # Panics
+/// If the lengths differ.
+fn copy_past_caches(from: &[u8], to: &mut [u8]) {
+    assert_eq!(from.len(), to.len(), "bytes of a page");
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
-        const { assert!(N == size_of::<E>()) };
-        // SAFETY: called with f32 and f16, for which all bytes are valid, and x86-64 is little-endian.
+        // SAFETY: any bits are integers.
         let (head, lanes, tail) = unsafe { to.align_to_mut::<__m128i>() };
-        let (first, rest) = bytes.split_at(N * head.len());
+        let (first, rest) = from.split_at(head.len());
         let (rest, last) = rest.split_at(size_of_val(lanes));
-        plainly(head, first);
+        head.copy_from_slice(first);
         for (lane, from) in lanes.iter_mut().zip(rest.as_chunks::<16>().0) {
             // SAFETY: SSE2 is part of x86-64; `lane` is aligned, `from` is 16 bytes.
             unsafe { _mm_stream_si128(lane, _mm_loadu_si128(from.as_ptr().cast())) };
         }
         // SAFETY: as above. Who reads the page on another thread sees all of it.
         unsafe { _mm_sfence() };
-        plainly(tail, last);
+        tail.copy_from_slice(last);
     }
     #[cfg(not(target_arch = "x86_64"))]
-    plainly(to, bytes);
-}
-
-/// Zeros of memory that is not touched yet.
-fn zeroed(len: usize) -> Vec<f16> {
-    let mut zeros = std::mem::ManuallyDrop::new(vec![0u16; len]);
-    // SAFETY: f16 is a transparent u16; the parts are those of a vector that is not dropped.
-    unsafe { Vec::from_raw_parts(zeros.as_mut_ptr().cast(), zeros.len(), zeros.capacity()) }
+    to.copy_from_slice(from);
 }
 
 /// Rounds to the nearest half; beyond its range to its largest value.
@@ -369,16 +348,13 @@ mod tests {
 
     #[test]
     fn any_part_of_a_page_is_filled() {
-        let bytes: Vec<u8> = (0..200).collect();
-        for (from, len) in (0..9).flat_map(|from| (0..40).map(move |len| (from, len))) {
-            let mut to = [f16::ONE; 60];
-            fill(&mut to[from..from + len], &bytes[..2 * len], f16::from_le_bytes);
-            for (i, to) in to.iter().enumerate() {
-                let inside = (from..from + len).contains(&i);
-                let at = 2 * i.saturating_sub(from);
-                let right =
-                    if inside { [bytes[at], bytes[at + 1]] } else { f16::ONE.to_le_bytes() };
-                assert_eq!(to.to_le_bytes(), right, "{i} of {len} from {from}");
+        let bytes: Vec<u8> = (0..40).collect();
+        for (from, len) in (0..18).flat_map(|from| (0..40).map(move |len| (from, len))) {
+            let mut to = [255; 60];
+            copy_past_caches(&bytes[..len], &mut to[from..from + len]);
+            for (i, to) in to.into_iter().enumerate() {
+                let right = if (from..from + len).contains(&i) { bytes[i - from] } else { 255 };
+                assert_eq!(to, right, "{i} of {len} from {from}");
             }
         }
     }

@@ -5,8 +5,8 @@
 //! usual, the rounding error is a tenth or less. Integer sums over both levels are exact. The factor
 //! of 16 is what lets one tile product take both levels of a four-bit weight, see [`super::amx`].
 
-use super::buffer::Buffer;
 use crate::ThreadPool;
+use crate::buffer::Buffer;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::{Cpu, Isa};
 use crate::math::dispatch;

@@ -12,10 +12,10 @@
 //! products are issued some groups before their sums are used, with four tiles of sums in turn.
 
 use super::activations::{Activations, HIGH_SHIFT, TILE};
-use super::buffer::Buffer;
 use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales};
 use super::packed::{Geometry, Kind, QuantTiles};
 use super::{Out, PANEL, amx_one as one, amx_whole as whole};
+use crate::buffer::Buffer;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;

@@ -4,9 +4,9 @@
 //! The sum of an output value runs over its inputs in ascending order, one fused multiply-add each,
 //! in chunks of [`CHUNK`] whose sums are added up in order.
 
-use super::buffer::{Arena, Buffer};
 use super::float_kernels::{Micro, micro};
 use super::{Out, PANEL};
+use crate::buffer::{Arena, Buffer};
 use crate::cpu::Isa;
 use crate::math::dispatch;
 use crate::{DType, ThreadPool, dequantise};

@@ -4,9 +4,9 @@
 //! off, so it never overflows, `lo` is the rest, rounded.
 
 use super::activations::TILE;
-use super::buffer::Buffer;
 use super::float::DEPTH;
 use crate::ThreadPool;
+use crate::buffer::Buffer;
 use crate::math::dispatch;
 use crate::pool::SendPtr;
 

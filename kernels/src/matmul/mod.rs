@@ -12,7 +12,6 @@ mod amx_bf16;
 mod amx_one;
 #[cfg(target_arch = "x86_64")]
 mod amx_whole;
-mod buffer;
 mod float;
 mod float_kernels;
 #[cfg(target_arch = "x86_64")]
@@ -24,10 +23,10 @@ mod plan;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
+use crate::buffer::Arena;
 use crate::cpu::{Cpu, Isa};
 use crate::pool::SendPtr;
 use crate::{DType, KernelError, ThreadPool};
-pub use buffer::Arena;
 use float::FloatTiles;
 use packed::{Kind, QuantTiles};
 

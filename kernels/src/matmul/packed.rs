@@ -17,7 +17,7 @@
 //! inputs `4i..4i+4` at bits `2i`.
 
 use super::PANEL;
-use super::buffer::{Arena, Buffer};
+use crate::buffer::{Arena, Buffer};
 use crate::quant::{f16_at, q6_at, scale_min};
 use crate::{DType, ThreadPool};
 
