@@ -9,11 +9,15 @@ use crate::math::{exp, tanh};
 use std::cell::Cell;
 
 /// Queries (rows times heads) a block holds at most.
-pub(super) const QUERIES: usize = 24;
+pub(super) const QUERIES: usize = 36;
 /// Keys that are scored together: a vector of lanes; pages are whole multiples of it.
 pub(super) const LANES: usize = 16;
 /// Keys whose weights are computed together.
 pub(super) const KEYS: usize = 64;
+/// Keys whose scores are computed side by side where they serve many queries.
+const PAIR: usize = 2 * LANES;
+/// From so many queries on keys and values are widened once for all of them.
+const MANY: usize = 12;
 /// Bytes that come from memory together.
 const CACHE_LINE: usize = 64;
 
@@ -40,6 +44,17 @@ struct Partial {
     acc: Vec<f32>,
 }
 
+/// What a block of keys adds to each query's partial softmax.
+#[derive(Default)]
+struct BlockSums {
+    /// The running maximum with the block.
+    max: Vec<f32>,
+    /// The sum of the block's weights.
+    sum: Vec<f32>,
+    /// What earlier weights are multiplied with.
+    factor: Vec<f32>,
+}
+
 /// Buffers of one block, reused by the thread.
 #[derive(Default)]
 pub(super) struct State {
@@ -47,8 +62,11 @@ pub(super) struct State {
     /// Scaled queries, `[queries][head_dim]`.
     q: Vec<f32>,
     scores: Vec<[f32; KEYS]>,
+    /// Keys `[head_dim][PAIR]` or values `[LANES][head_dim]`, widened.
+    wide: Vec<f32>,
     /// Keys `from..to` of the current block that each query sees.
     seen: Vec<(usize, usize)>,
+    block: BlockSums,
     segment: Partial,
     total: Partial,
 }
@@ -99,6 +117,9 @@ impl Block<'_> {
         }
         state.scores.resize(queries, [0.0; KEYS]);
         state.seen.resize(queries, (0, 0));
+        state.wide.resize(dim * PAIR, 0.0);
+        let BlockSums { max, sum, factor } = &mut state.block;
+        [max, sum, factor].into_iter().for_each(|of_block| of_block.resize(queries, 0.0));
         state.total.reset(queries, dim);
         let end = self.first + self.rows;
         let begin = (self.first + 1).saturating_sub(self.window);
@@ -225,11 +246,21 @@ fn keys<L: lanes::Lanes, const FMA: bool, E: Element>(
             let at = at + KEYS + part * LANES;
             (at < block.first + block.rows).then(|| place_at(at))
         };
+        let many = state.scores.len() >= MANY;
         for part in parts.clone() {
             if let Some((keys, _)) = next(part) {
                 keys.chunks(line).for_each(L::fetch);
             }
-            score_all::<L, E>(&state.q, dim, place(part).0, page_size, part, &mut state.scores);
+            let keys = place(part).0;
+            if !many {
+                score_all::<L, E>(&state.q, dim, keys, page_size, part, &mut state.scores);
+                continue;
+            }
+            let half = part % 2;
+            L::widen(keys, page_size, dim, &mut state.wide[half * LANES..], PAIR);
+            if half == 1 || part + 1 == parts.end {
+                score_pair::<L>(&state.q, dim, &state.wide, part / 2, &mut state.scores);
+            }
         }
         if let Some(cap) = block.softcap {
             for s in state.scores.as_flattened_mut() {
@@ -241,7 +272,14 @@ fn keys<L: lanes::Lanes, const FMA: bool, E: Element>(
             if let Some((_, values)) = next(part) {
                 values.chunks(line).for_each(L::fetch);
             }
-            gather::<L, E>(state, dim, place(part).1, part);
+            let values = place(part).1;
+            let State { segment: Partial { acc, .. }, scores, seen, wide, .. } = &mut *state;
+            if many {
+                L::widen(values, LANES, dim, wide, LANES);
+                gather::<L, f32>(acc, scores, seen, dim, wide, part);
+            } else {
+                gather::<L, E>(acc, scores, seen, dim, values, part);
+            }
         }
     }
 }
@@ -271,57 +309,81 @@ fn score_all<L: lanes::Lanes, E: Element>(
     }
 }
 
-/// Turns scores into weights relative to the running maximum and rescales what was gathered before.
+/// Scores all queries against [`PAIR`] widened keys; what is left of keys that nobody sees is scored as
+/// well, and never looked at.
 #[inline(always)]
-fn weigh<L: lanes::Lanes, const FMA: bool>(state: &mut State, dim: usize) {
-    let part = &mut state.segment;
-    for (i, s) in state.scores.iter_mut().enumerate() {
-        let seen = state.seen[i];
-        if seen.0 == seen.1 {
-            continue;
-        }
-        let (max, sum) = L::weigh(s, seen, part.max[i]);
-        if max > part.max[i] {
-            // Exactly 0 for the first block, whose sums are 0 as well.
-            let factor = exp::<FMA>(part.max[i] - max);
-            part.sum[i] *= factor;
-            part.acc[i * dim..][..dim].iter_mut().for_each(|a| *a *= factor);
-            part.max[i] = max;
-        }
-        part.sum[i] += sum;
+fn score_pair<L: lanes::Lanes>(
+    q: &[f32],
+    dim: usize,
+    keys: &[f32],
+    pair: usize,
+    scores: &mut [[f32; KEYS]],
+) {
+    let mut i = 0;
+    while i + 6 <= scores.len() {
+        L::score_pair::<6>(&q[i * dim..], dim, keys, pair, &mut scores[i..]);
+        i += 6;
+    }
+    while i < scores.len() {
+        L::score_pair::<1>(&q[i * dim..], dim, keys, pair, &mut scores[i..]);
+        i += 1;
     }
 }
 
-/// Adds the weighted values of 16 keys, key by key in ascending order. A key that a query does not
-/// see is never touched for it, so whatever an unused slot holds cannot matter.
+/// Turns scores into weights relative to the running maximum and rescales what was gathered before.
 #[inline(always)]
-fn gather<L: lanes::Lanes, E: Element>(state: &mut State, dim: usize, values: &[E], part: usize) {
-    let queries = state.scores.len();
-    let acc = &mut state.segment.acc;
-    let here = |seen: (usize, usize)| {
-        let cut = |key: usize| key.saturating_sub(part * LANES).min(LANES);
-        (cut(seen.0), cut(seen.1))
-    };
+fn weigh<L: lanes::Lanes, const FMA: bool>(state: &mut State, dim: usize) {
+    let (part, block) = (&mut state.segment, &mut state.block);
+    for (i, s) in state.scores.iter_mut().enumerate() {
+        let (seen, before) = (state.seen[i], part.max[i]);
+        (block.max[i], block.sum[i]) = if seen.0 == seen.1 {
+            s.fill(0.0);
+            (before, 0.0)
+        } else {
+            L::weigh(s, seen, before)
+        };
+    }
+    // For all, also where the maximum stays: whether it does is a coin that no processor guesses.
+    for ((before, max), factor) in part.max.iter_mut().zip(&block.max).zip(&mut block.factor) {
+        // Exactly 0 for the first block, whose sums are 0 as well.
+        let smaller = exp::<FMA>(*before - max);
+        (*before, *factor) = if max > before { (*max, smaller) } else { (*before, 1.0) };
+    }
+    for (i, factor) in block.factor.iter().enumerate() {
+        part.acc[i * dim..][..dim].iter_mut().for_each(|a| *a *= factor);
+        part.sum[i] = part.sum[i] * factor + block.sum[i];
+    }
+}
+
+/// Adds the weighted values of 16 keys, key by key in ascending order. Queries that go together take all
+/// keys that one of them sees, which have been written; the weight of a key that a query does not see
+/// is 0. What an unused slot holds is never touched.
+#[inline(always)]
+fn gather<L: lanes::Lanes, E: Element>(
+    acc: &mut [f32],
+    weights: &[[f32; KEYS]],
+    seen: &[(usize, usize)],
+    dim: usize,
+    values: &[E],
+    part: usize,
+) {
+    let cut = |key: usize| key.saturating_sub(part * LANES).min(LANES);
     let mut i = 0;
-    while i < queries {
-        let n = if queries - i >= 6 { 6 } else { 3.min(queries - i) };
-        let seen = &state.seen[i..i + n];
-        let (acc, w) = (&mut acc[i * dim..(i + n) * dim], &state.scores[i..i + n]);
-        // What all of them see goes together, the rest one by one.
-        let (from, common) = here((seen[0].0, seen.iter().map(|s| s.1).min().unwrap_or(0)));
-        let together = n >= 3 && common > from && seen.iter().all(|s| s.0 == seen[0].0);
-        if together {
+    while i < weights.len() {
+        let n = match weights.len() - i {
+            6.. => 6,
+            3.. => 3,
+            _ => 1,
+        };
+        let seen = seen[i..i + n].iter().filter(|seen| seen.0 < seen.1);
+        let (from, to) =
+            seen.fold((LANES, 0), |all, seen| (all.0.min(cut(seen.0)), all.1.max(cut(seen.1))));
+        let (acc, weights) = (&mut acc[i * dim..(i + n) * dim], &weights[i..i + n]);
+        if from < to {
             match n {
-                6 => L::gather::<6, E>(acc, dim, w, values, part, from..common),
-                _ => L::gather::<3, E>(acc, dim, w, values, part, from..common),
-            }
-        }
-        for (j, seen) in seen.iter().enumerate() {
-            let (from, to) = here(*seen);
-            let from = if together { common } else { from };
-            if from < to {
-                let acc = &mut acc[j * dim..][..dim];
-                L::gather::<1, E>(acc, dim, &w[j..], values, part, from..to);
+                6 => L::gather::<6, E>(acc, dim, weights, values, part, from..to),
+                3 => L::gather::<3, E>(acc, dim, weights, values, part, from..to),
+                _ => L::gather::<1, E>(acc, dim, weights, values, part, from..to),
             }
         }
         i += n;

@@ -74,6 +74,18 @@ pub(super) trait Lanes {
         scores: &mut [[f32; KEYS]],
     );
 
+    /// The same for 32 keys `[dim][32]`, of parts `2 pair` and `2 pair + 1`.
+    fn score_pair<const N: usize>(
+        q: &[f32],
+        dim: usize,
+        keys: &[f32],
+        pair: usize,
+        scores: &mut [[f32; KEYS]],
+    );
+
+    /// Copies sixteen elements of each of `rows` rows, `stride` apart, to rows that are `width` apart.
+    fn widen<E: Element>(from: &[E], stride: usize, rows: usize, to: &mut [f32], width: usize);
+
     /// Turns the scores of a query's keys `seen` into weights relative to the larger one of their
     /// maximum and `before`; those of the other keys become 0. Returns that maximum and the weights'
     /// sum.
@@ -120,6 +132,30 @@ impl<const FMA: bool> Lanes for Plain<FMA> {
         for (acc, scores) in acc.iter().zip(scores) {
             for lane in 0..LANES {
                 scores[part * LANES + lane] = acc[0][lane] + acc[1][lane];
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn score_pair<const N: usize>(
+        q: &[f32],
+        dim: usize,
+        keys: &[f32],
+        pair: usize,
+        scores: &mut [[f32; KEYS]],
+    ) {
+        for half in 0..2 {
+            let keys = &keys[half * LANES..];
+            Self::score::<N, f32>(q, dim, keys, 2 * LANES, 2 * pair + half, scores);
+        }
+    }
+
+    #[inline(always)]
+    fn widen<E: Element>(from: &[E], stride: usize, rows: usize, to: &mut [f32], width: usize) {
+        for row in 0..rows {
+            let from = &from[row * stride..][..LANES];
+            for (to, from) in to[row * width..][..LANES].iter_mut().zip(from) {
+                *to = from.widen();
             }
         }
     }
@@ -194,6 +230,33 @@ mod avx512 {
         }
 
         #[inline(always)]
+        fn score_pair<const N: usize>(
+            q: &[f32],
+            dim: usize,
+            keys: &[f32],
+            pair: usize,
+            scores: &mut [[f32; KEYS]],
+        ) {
+            assert!(q.len() >= N * dim && keys.len() >= dim * 2 * LANES);
+            assert!(scores.len() >= N && pair < KEYS / LANES / 2 && dim.is_multiple_of(2));
+            // SAFETY: the lengths were just checked; the processor has AVX-512.
+            unsafe { score_pair::<N>(q.as_ptr(), dim, keys.as_ptr(), pair, scores) }
+        }
+
+        #[inline(always)]
+        fn widen<E: Element>(from: &[E], stride: usize, rows: usize, to: &mut [f32], width: usize) {
+            assert!(rows == 0 || from.len() >= (rows - 1) * stride + LANES);
+            assert!(rows == 0 || to.len() >= (rows - 1) * width + LANES);
+            for row in 0..rows {
+                // SAFETY: the lengths were just checked; the processor has AVX-512.
+                unsafe {
+                    let from = E::load(u16::MAX, from.as_ptr().add(row * stride));
+                    _mm512_storeu_ps(to.as_mut_ptr().add(row * width), from);
+                }
+            }
+        }
+
+        #[inline(always)]
         fn weigh(scores: &mut [f32; KEYS], seen: (usize, usize), before: f32) -> (f32, f32) {
             // SAFETY: the processor has AVX-512.
             unsafe { weigh(scores, seen, before) }
@@ -256,6 +319,46 @@ mod avx512 {
             let to = scores[part * LANES..][..LANES].as_mut_ptr();
             // SAFETY: sixteen scores.
             unsafe { _mm512_storeu_ps(to, _mm512_add_ps(acc[0], acc[1])) };
+        }
+    }
+
+    /// # Safety
+    /// `q` is `[N][dim]` with an even `dim`, `keys` is `[dim][32]`, there are `N` rows of scores, the pair
+    /// exists, and the processor has AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn score_pair<const N: usize>(
+        q: *const f32,
+        dim: usize,
+        keys: *const f32,
+        pair: usize,
+        scores: &mut [[f32; KEYS]],
+    ) {
+        // The even and the odd elements of either half.
+        let mut acc = [[_mm512_setzero_ps(); 4]; N];
+        for d in (0..dim).step_by(2) {
+            // SAFETY: `d + 1 < dim`.
+            unsafe {
+                let at = keys.add(d * 2 * LANES);
+                let (k0, k1) = (_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(LANES)));
+                let (k2, k3) =
+                    (_mm512_loadu_ps(at.add(2 * LANES)), _mm512_loadu_ps(at.add(3 * LANES)));
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    let x = q.add(i * dim + d);
+                    let (even, odd) = (_mm512_set1_ps(*x), _mm512_set1_ps(*x.add(1)));
+                    acc[0] = _mm512_fmadd_ps(even, k0, acc[0]);
+                    acc[1] = _mm512_fmadd_ps(even, k1, acc[1]);
+                    acc[2] = _mm512_fmadd_ps(odd, k2, acc[2]);
+                    acc[3] = _mm512_fmadd_ps(odd, k3, acc[3]);
+                }
+            }
+        }
+        for (acc, scores) in acc.iter().zip(scores) {
+            let to = scores[pair * 2 * LANES..][..2 * LANES].as_mut_ptr();
+            // SAFETY: 32 scores.
+            unsafe {
+                _mm512_storeu_ps(to, _mm512_add_ps(acc[0], acc[2]));
+                _mm512_storeu_ps(to.add(LANES), _mm512_add_ps(acc[1], acc[3]));
+            }
         }
     }
 

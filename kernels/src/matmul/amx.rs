@@ -28,6 +28,8 @@ const PANELS: usize = 8;
 pub(super) const LAG: usize = 6;
 /// Tiles of sums that are kept.
 pub(super) const RING: usize = 8;
+/// Groups of a whole block.
+const GROUPS: usize = 8;
 /// Bytes of a block of a panel, expanded, at most.
 const BLOCK: usize = 8 * 1024;
 
@@ -89,6 +91,13 @@ pub(super) struct Total(pub(super) [[f32; PANEL]; TILE]);
 /// Integer sums, as the tile unit stores them.
 #[repr(C, align(64))]
 pub(super) struct Ring([[[i32; PANEL]; TILE]; RING]);
+
+impl Ring {
+    /// The first slot.
+    pub(super) fn start(&mut self) -> *mut u8 {
+        self.0.as_mut_ptr().cast()
+    }
+}
 
 impl Default for Scratch {
     fn default() -> Self {
@@ -172,8 +181,9 @@ unsafe fn all<F: Format>(
         }
         for first in panels.clone().step_by(PANELS) {
             let batch = first..(first + PANELS).min(panels.end);
-            scratch.totals.clear();
-            scratch.totals.resize(tiles * batch.len(), Total([[0.0; PANEL]; TILE]));
+            // What is left in them is overwritten by the first block.
+            let totals = scratch.totals.len().max(tiles * batch.len());
+            scratch.totals.resize(totals, Total([[0.0; PANEL]; TILE]));
             // SAFETY: the tiles are configured; the caller's promises.
             unsafe {
                 blocks::<F>(w, x, scratch, &batch, &rows);
@@ -208,7 +218,8 @@ pub(super) unsafe fn expand<F: Format>(from: *const u8, to: *mut u8) {
     }
 }
 
-/// Expands a block of a panel (`[group][vector]`), and fetches what is used next.
+/// Expands a block of a panel (`[group][vector]`), unless the tile unit takes it as it is, and fetches
+/// what is used next.
 ///
 /// # Safety
 /// `weights` is a panel of the geometry with that block, `to` has room for [`BLOCK`] bytes; AVX-512.
@@ -225,6 +236,9 @@ unsafe fn expand_block<F: Format>(
         for i in 0..lines {
             let line = next.wrapping_add((j * lines + i) * 64);
             _mm_prefetch::<_MM_HINT_T0>(line.cast());
+        }
+        if F::SIGNED {
+            continue;
         }
         // SAFETY: the group exists.
         unsafe {
@@ -272,10 +286,20 @@ unsafe fn blocks<F: Format>(
             blocks: g.blocks,
             rows: rows.clone(),
             panels: panels.len(),
-            bytes: scratch.bytes.as_ptr(),
+            bytes: match F::SIGNED {
+                true => w.panel(panels.start)[g.quants_at(block)..].as_ptr(),
+                false => scratch.bytes.as_ptr(),
+            },
+            stride: if F::SIGNED { g.panel_bytes } else { BLOCK },
         };
+        let (scales, totals, ring) = (&scratch.scales, &mut scratch.totals, &mut scratch.ring);
         // SAFETY: the caller's promises.
-        unsafe { tiles::<F>(&job, units, &scratch.scales, &mut scratch.totals, &mut scratch.ring) }
+        unsafe {
+            match job.groups {
+                GROUPS => whole_block::<F>(&job, units, scales, totals, ring),
+                _ => tiles::<F>(&job, units, scales, totals, ring),
+            }
+        }
     }
 }
 
@@ -288,8 +312,29 @@ struct Block<'a> {
     blocks: usize,
     rows: Range<usize>,
     panels: usize,
-    /// The expanded panels.
+    /// The panels' bytes for the tile unit, and how far they are apart.
     bytes: *const u8,
+    stride: usize,
+}
+
+impl Block<'_> {
+    /// Adds the block's sums `a` of the tile of rows from `row` on to `total`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn add_up(&self, row: usize, a: &[__m512; TILE], total: &mut Total) {
+        let factors = &self.x.scale[row * self.blocks..][..TILE * self.blocks];
+        for (r, (a, total)) in a.iter().zip(&mut total.0).enumerate() {
+            let factor = _mm512_set1_ps(factors[r * self.blocks + self.block]);
+            // SAFETY: sixteen aligned sums.
+            unsafe {
+                let before = match self.block {
+                    0 => _mm512_setzero_ps(),
+                    _ => _mm512_load_ps(total.as_ptr()),
+                };
+                _mm512_store_ps(total.as_mut_ptr(), _mm512_fmadd_ps(*a, factor, before));
+            }
+        }
+    }
 }
 
 /// Tiles of rows and panels in the order in which they meet: two panels at a time meet all rows, so
@@ -317,16 +362,16 @@ impl Walk {
 }
 
 /// Issues products, one after the other, and keeps their sums in turn.
-pub(super) struct Pipeline {
+struct Pipeline {
     issued: usize,
     total: usize,
-    pub(super) ring: *mut u8,
+    ring: *mut u8,
 }
 
 impl Pipeline {
     /// Of `total` products, whose sums go to `ring`.
-    pub(super) fn new(total: usize, ring: &mut Ring) -> Self {
-        Pipeline { issued: 0, total, ring: ring.0.as_mut_ptr().cast() }
+    fn new(total: usize, ring: &mut Ring) -> Self {
+        Pipeline { issued: 0, total, ring: ring.start() }
     }
 
     /// Starts the next product, of the levels and weights that `operands` gives, and stores the sums of
@@ -335,10 +380,7 @@ impl Pipeline {
     /// # Safety
     /// The tiles are configured for the format, and the operands are of it.
     #[inline(always)]
-    pub(super) unsafe fn next<F: Format>(
-        &mut self,
-        operands: impl FnOnce() -> (*const u8, *const u8),
-    ) {
+    unsafe fn next<F: Format>(&mut self, operands: impl FnOnce() -> (*const u8, *const u8)) {
         let i = self.issued;
         if i >= self.total + 2 {
             return;
@@ -385,7 +427,7 @@ impl Feed<'_> {
             let (a, stride) = self.block.x.tile(self.block.rows.start / TILE + tile);
             self.a_stride = stride;
             self.a = a.wrapping_add(self.block.block * 8 * stride);
-            self.b = self.block.bytes.wrapping_add(panel * BLOCK);
+            self.b = self.block.bytes.wrapping_add(panel * self.block.stride);
         }
         let a = self.a.wrapping_add(level_at::<F>(self.group, self.level, self.a_stride));
         let b = self.b.wrapping_add(self.group * depth::<F>() * 64);
@@ -444,13 +486,84 @@ unsafe fn tiles<F: Format>(
                 add::<F, TILE>(&mut a, scales.s[j], high, low, min, xsums.wrapping_add(j * TILE))
             };
         }
-        let total = &mut totals[tile * block.panels + panel];
-        for (r, a) in a.iter().enumerate() {
-            let scale = _mm512_set1_ps(x.scale[(row + r) * block.blocks + block.block]);
-            let to = total.0[r].as_mut_ptr();
-            // SAFETY: sixteen aligned sums.
-            unsafe { _mm512_store_ps(to, _mm512_fmadd_ps(*a, scale, _mm512_load_ps(to))) };
+        block.add_up(row, &a, &mut totals[tile * block.panels + panel]);
+    }
+}
+
+/// [`tiles`] of a block of [`GROUPS`]: all of a unit's places are known when this is compiled, and the
+/// unit after it is known when it begins.
+///
+/// # Safety
+/// As [`tiles`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn whole_block<F: Format>(
+    block: &Block<'_>,
+    units: usize,
+    scales: &[Scales],
+    totals: &mut [Total],
+    ring: &mut Ring,
+) {
+    let x = block.x;
+    let (levels, sums) = (products::<F>(), ring.start());
+    let slot = |i: usize| sums.wrapping_add(i % RING * 1024);
+    let operands = |walk: Walk| {
+        let (a, stride) = x.tile(block.rows.start / TILE + walk.tile);
+        let a = a.wrapping_add(block.block * 8 * stride);
+        let b = block.bytes.wrapping_add(walk.panel * block.stride);
+        move |i: usize| {
+            let (group, level) = (i / levels, i % levels);
+            let a = a.wrapping_add(level_at::<F>(group, level, stride));
+            (a, b.wrapping_add(group * depth::<F>() * 64))
         }
+    };
+    let tiles = block.rows.len().div_ceil(TILE);
+    let mut walk = Walk { tiles, panels: block.panels, tile: 0, panel: 0 };
+    let mut this = operands(walk);
+    for i in 0..LAG {
+        let (a, b) = this(i);
+        // SAFETY: the caller's promise; a slot of the ring.
+        unsafe { start::<F>(i % 4, a, b, slot(i + RING - 2)) };
+    }
+    for unit in 1..=units {
+        let Walk { tile, panel, .. } = walk;
+        walk.step();
+        let (more, next) = (unit < units, operands(walk));
+        let (row, scales) = (block.rows.start + tile * TILE, &scales[panel]);
+        let xsums = x.sums[x.sum_at(row, block.block * 8)..].as_ptr();
+        let mut a = [_mm512_setzero_ps(); TILE];
+        macro_rules! group {
+            ($j:literal) => {
+                for level in 0..levels {
+                    let i = $j * levels + level + LAG;
+                    let to = slot(i + RING - 2);
+                    let inside = i < GROUPS * levels;
+                    // SAFETY: the caller's promise; a slot of the ring.
+                    unsafe {
+                        if inside || more {
+                            let (a, b) = if inside { this(i) } else { next(i - GROUPS * levels) };
+                            start::<F>(i % 4, a, b, to);
+                        } else if i < GROUPS * levels + 2 {
+                            flush(i % 4, to);
+                        }
+                    }
+                }
+                let (high, low) = (slot($j * levels), slot($j * levels + 1));
+                let min = if F::MINS { scales.m[$j] } else { _mm512_setzero_ps() };
+                let xsums = xsums.wrapping_add($j * TILE);
+                // SAFETY: slots of the ring, aligned; sums are kept for whole tiles of rows.
+                unsafe { add::<F, TILE>(&mut a, scales.s[$j], high, low, min, xsums) };
+            };
+        }
+        group!(0);
+        group!(1);
+        group!(2);
+        group!(3);
+        group!(4);
+        group!(5);
+        group!(6);
+        group!(7);
+        block.add_up(row, &a, &mut totals[tile * block.panels + panel]);
+        this = next;
     }
 }
 
@@ -530,7 +643,7 @@ unsafe fn store(
 /// # Safety
 /// The tiles are configured, the operands have their shape and `to` has room for a tile.
 #[inline(always)]
-unsafe fn start<F: Format>(i: usize, a: *const u8, b: *const u8, to: *mut u8) {
+pub(super) unsafe fn start<F: Format>(i: usize, a: *const u8, b: *const u8, to: *mut u8) {
     macro_rules! product {
         ($op:literal, $sums:literal, $a:literal, $b:literal, $before:literal) => {
             asm!(
@@ -569,7 +682,7 @@ unsafe fn start<F: Format>(i: usize, a: *const u8, b: *const u8, to: *mut u8) {
 /// # Safety
 /// As [`start`].
 #[inline(always)]
-unsafe fn flush(i: usize, to: *mut u8) {
+pub(super) unsafe fn flush(i: usize, to: *mut u8) {
     macro_rules! store {
         ($before:literal) => {
             asm!(

@@ -5,15 +5,15 @@
 //! blocks, expanded first, drove each other out of it: eight and sixteen rows took half as long again.
 
 use super::activations::{Activations, TILE};
-use super::amx::{LAG, Pipeline, RING, Scratch, Total, add, expand, level_at, products};
+use super::amx::{LAG, RING, Scratch, Total, add, expand, flush, level_at, products, start};
 use super::formats::{Format, Scales};
-use super::packed::QuantTiles;
+use super::packed::{Geometry, QuantTiles};
 use super::{Out, PANEL};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// Groups between the expansion of one and its product: so long its bytes take to reach the cache.
-const AHEAD: usize = 6;
+const AHEAD: usize = 4;
 /// Places for expanded groups.
 const PLACES: usize = 8;
 /// Bytes of a place.
@@ -21,8 +21,8 @@ const PLACE: usize = 1024;
 /// Bytes between what is expanded and what is fetched for it.
 const FETCHED: usize = 2048;
 
-/// Expands group after group of some panels.
-struct Expansion<'a> {
+/// Walks through the groups of some panels.
+struct Groups<'a> {
     w: &'a QuantTiles,
     /// Groups to come.
     left: usize,
@@ -30,81 +30,78 @@ struct Expansion<'a> {
     block: usize,
     /// Groups to come in the block.
     in_block: usize,
-    from: *const u8,
-    to: *mut u8,
-    /// Groups expanded.
-    done: usize,
+    /// The next group.
+    at: *const u8,
 }
 
-impl Expansion<'_> {
-    /// Expands the next group, if one is left, and fetches one behind it.
-    ///
-    /// # Safety
-    /// AVX-512; the panels have so many groups left.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    unsafe fn next<F: Format>(&mut self) {
-        if self.left == 0 {
-            return;
-        }
-        for line in 0..F::BYTES / 64 + 1 {
-            let line = self.from.wrapping_add(FETCHED + line * 64);
-            _mm_prefetch::<_MM_HINT_T0>(line.cast());
-        }
-        // SAFETY: a group; a place.
-        unsafe { expand::<F>(self.from, self.to.add(self.done % PLACES * PLACE)) };
-        self.done += 1;
-        self.left -= 1;
-        self.from = self.from.wrapping_add(F::BYTES);
-        self.in_block -= 1;
-        if self.in_block == 0 && self.left > 0 {
-            self.block += 1;
-            if self.block == self.w.geometry.blocks {
-                (self.block, self.panel) = (0, self.panel + 1);
-            }
-            self.enter();
-        }
+impl<'a> Groups<'a> {
+    fn new(w: &'a QuantTiles, panels: &Range<usize>) -> Self {
+        let Geometry { blocks, .. } = w.geometry;
+        let left = panels.len() * (0..blocks).map(|block| w.geometry.groups(block)).sum::<usize>();
+        let mut groups =
+            Groups { w, left, panel: panels.start, block: 0, in_block: 0, at: std::ptr::null() };
+        groups.enter();
+        groups
     }
 
     /// Goes to the first group of the block.
     fn enter(&mut self) {
-        let g = &self.w.geometry;
-        self.in_block = g.groups(self.block);
-        self.from = self.w.panel(self.panel)[g.quants_at(self.block)..].as_ptr();
-    }
-}
-
-/// Gives the tile's products their operands, from what was expanded.
-struct Feed {
-    /// The next group of the rows, of so many, and its level.
-    group: usize,
-    groups: usize,
-    level: usize,
-    a: *const u8,
-    a_stride: usize,
-    expanded: *const u8,
-    /// Groups done.
-    done: usize,
-}
-
-impl Feed {
-    #[inline(always)]
-    fn next<F: Format>(&mut self) -> (*const u8, *const u8) {
-        let a = self.a.wrapping_add(level_at::<F>(self.group, self.level, self.a_stride));
-        let b = self.expanded.wrapping_add(self.done % PLACES * PLACE);
-        self.level += 1;
-        if self.level == products::<F>() {
-            (self.level, self.group) = (0, self.group + 1);
-            self.done += 1;
-            if self.group == self.groups {
-                self.group = 0;
-            }
+        if self.left > 0 {
+            let g = &self.w.geometry;
+            self.in_block = g.groups(self.block);
+            self.at = self.w.panel(self.panel)[g.quants_at(self.block)..].as_ptr();
         }
-        (a, b)
+    }
+
+    /// Goes to the next block.
+    #[cold]
+    fn next_block(&mut self) {
+        self.block += 1;
+        if self.block == self.w.geometry.blocks {
+            (self.block, self.panel) = (0, self.panel + 1);
+        }
+        self.enter();
+    }
+
+    /// The next group. Fetches one behind it.
+    #[inline(always)]
+    fn take<F: Format>(&mut self) -> *const u8 {
+        let group = self.at;
+        let fetched = if F::SIGNED { 3 * FETCHED } else { FETCHED };
+        for line in 0..F::BYTES / 64 + 1 {
+            let line = group.wrapping_add(fetched + line * 64);
+            // SAFETY: fetching is harmless anywhere.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+        }
+        self.at = self.at.wrapping_add(F::BYTES);
+        self.left -= 1;
+        self.in_block -= 1;
+        if self.in_block == 0 {
+            self.next_block();
+        }
+        group
+    }
+
+    /// Expands the next group, if one is left, to `to`; does nothing if the tile unit takes groups as
+    /// they are.
+    ///
+    /// # Safety
+    /// AVX-512; room for a group.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn expand_next<F: Format>(&mut self, to: *mut u8) {
+        if self.left > 0 && !F::SIGNED {
+            // SAFETY: a group; the caller's promise.
+            unsafe { expand::<F>(self.take::<F>(), to) };
+        }
     }
 }
 
 /// Multiplies `panels` of `w` with the tile of rows `rows` of `x`.
+///
+/// One pass over all groups, in which three things happen at once: a group is expanded, one that was is
+/// multiplied, and the sums of one that was are added. Eight groups a turn, so that the tiles, the places
+/// and the slots of the ring that each uses are known when this is compiled.
 ///
 /// # Safety
 /// As [`super::amx::multiply`]; `rows` are a tile, or its beginning, and `R` is at least as many; the
@@ -118,85 +115,171 @@ pub(super) unsafe fn multiply<F: Format, const R: usize>(
     rows: &Range<usize>,
     out: Out,
 ) {
-    let g = w.geometry;
-    let groups: usize = (0..g.blocks).map(|block| g.groups(block)).sum();
-    let (a, a_stride) = x.tile(rows.start / TILE);
-    let Scratch { bytes, ring, .. } = scratch;
-    let left = panels.len() * groups;
-    if left == 0 {
+    if panels.is_empty() {
         return;
     }
-    let mut ahead = Expansion {
-        w,
-        left,
-        panel: panels.start,
-        block: 0,
-        in_block: 0,
-        from: std::ptr::null(),
-        to: bytes.as_mut_ptr(),
-        done: 0,
-    };
-    ahead.enter();
-    let mut pipeline = Pipeline::new(left * products::<F>(), ring);
-    let sums = pipeline.ring;
-    let expanded = bytes.as_ptr();
-    let mut feed = Feed { group: 0, groups, level: 0, a, a_stride, expanded, done: 0 };
-    // SAFETY: the panels have so many groups; a product's group is expanded before it.
-    unsafe {
-        for _ in 0..AHEAD {
-            ahead.next::<F>();
-        }
-        for i in 0..LAG {
-            if i % products::<F>() == 0 {
-                ahead.next::<F>();
-            }
-            pipeline.next::<F>(|| feed.next::<F>());
-        }
-    }
-    let factors = x.scale[rows.start * g.blocks..].as_ptr();
-    // SAFETY: the processor has AVX-512.
-    let mut scales = unsafe { Scales::zero() };
-    let mut used = 0;
-    for panel in panels {
-        let mut total = Total([[0.0; PANEL]; TILE]);
-        for block in 0..g.blocks {
-            // SAFETY: the block exists.
-            unsafe { F::scales(w.panel(panel).as_ptr(), &g, block, &mut scales) };
-            let xsums = x.sums[x.sum_at(rows.start, block * 8)..].as_ptr();
-            let mut a = [_mm512_setzero_ps(); R];
-            for j in 0..g.groups(block) {
-                // SAFETY: as before.
+    let g = w.geometry;
+    let levels = products::<F>();
+    let lag = LAG / levels;
+    let (sums, places) = (scratch.ring.start(), scratch.bytes.as_mut_ptr());
+    let slot = |i: usize| sums.wrapping_add(i % RING * 1024);
+    let place = |i: usize| places.wrapping_add(i % PLACES * PLACE);
+    let mut ahead = Groups::new(w, &panels);
+    let (mut to_issue, mut to_add) = (ahead.left, ahead.left);
+    let groups = ahead.left / panels.len();
+
+    // The products of the next group, the `i`-th of a turn; behind the last one only sums that are on
+    // their way are stored.
+    let (levels_at, stride) = x.tile(rows.start / TILE);
+    let mut group = 0;
+    macro_rules! issue {
+        ($i:expr) => {
+            let more = to_issue > 0;
+            let b = if F::SIGNED && more { ahead.take::<F>() } else { place($i).cast_const() };
+            for level in 0..levels {
+                let n = $i * levels + level;
+                let a = levels_at.wrapping_add(level_at::<F>(group, level, stride));
+                // SAFETY: the tiles are configured, the group is expanded, and the ring has the slot.
                 unsafe {
-                    ahead.next::<F>();
-                    for _ in 0..products::<F>() {
-                        pipeline.next::<F>(|| feed.next::<F>());
+                    match more {
+                        true => start::<F>(n % 4, a, b, slot(n + RING - 2)),
+                        false => flush(n % 4, slot(n + RING - 2)),
                     }
                 }
-                let high = sums.wrapping_add(used % RING * 1024);
-                let low = sums.wrapping_add((used + 1) % RING * 1024);
-                used += products::<F>();
-                let min = if F::MINS { scales.m[j] } else { _mm512_setzero_ps() };
-                let xsums = xsums.wrapping_add(j * TILE);
-                // SAFETY: slots of the ring, aligned; sums are kept for whole tiles of rows.
-                unsafe { add::<F, R>(&mut a, scales.s[j], high, low, min, xsums) };
             }
-            for (r, a) in a.iter().enumerate() {
-                let to = total.0[r].as_mut_ptr();
-                // SAFETY: rows up to a whole tile have a factor a block; sixteen aligned sums.
-                unsafe {
-                    let factor = _mm512_set1_ps(*factors.add(r * g.blocks + block));
-                    _mm512_store_ps(to, _mm512_fmadd_ps(*a, factor, _mm512_load_ps(to)));
-                }
+            if more {
+                to_issue -= 1;
+                group = if group + 1 == groups { 0 } else { group + 1 };
             }
+        };
+    }
+    for i in 0..AHEAD + lag {
+        if i >= AHEAD {
+            issue!(i - AHEAD);
         }
-        let lanes = PANEL.min(w.rows() - panel * PANEL);
-        let mask = (u32::MAX >> (32 - lanes)) as __mmask16;
-        for (row, total) in rows.clone().zip(&total.0) {
-            // SAFETY: the row and the unmasked columns are in the output, and this task's alone.
+        // SAFETY: the processor has AVX-512; a place has room for a group.
+        unsafe { ahead.expand_next::<F>(place(i)) };
+    }
+
+    let mut at = Place::new(w, x, rows, panels.start);
+    let mut total = Total([[0.0; PANEL]; TILE]);
+    let mut a = [_mm512_setzero_ps(); R];
+    // Groups of the block, the sums of the inputs of the first one, and how many are added.
+    // SAFETY: the block exists.
+    let (mut in_block, mut xsums) = unsafe { at.enter::<F>() };
+    let mut done = 0;
+    macro_rules! group {
+        ($i:literal) => {
+            issue!($i + lag);
+            // SAFETY: the processor has AVX-512; places have room for a group, slots of the ring are
+            // aligned, and sums are kept for whole tiles of rows.
             unsafe {
-                let sums = _mm512_load_ps(total.as_ptr());
-                _mm512_mask_storeu_ps(out.at(row, panel * PANEL), mask, sums);
+                ahead.expand_next::<F>(place($i + AHEAD + lag));
+                let (high, low) = (slot($i * levels), slot($i * levels + 1));
+                let (scale, min) = (at.scales.s[done], at.scales.m[done % 8]);
+                add::<F, R>(&mut a, scale, high, low, min, xsums.wrapping_add(done * TILE));
             }
+            done += 1;
+            if done == in_block {
+                to_add -= done;
+                // Here and not in a function: what a reference is taken of leaves the registers.
+                let factors = &x.scale[rows.start * g.blocks + at.block..];
+                for (r, (a, total)) in a.iter_mut().zip(&mut total.0).enumerate() {
+                    // SAFETY: rows up to a whole tile have a factor a block; sixteen aligned sums.
+                    unsafe {
+                        let factor = _mm512_set1_ps(*factors.get_unchecked(r * g.blocks));
+                        let before = _mm512_load_ps(total.as_ptr());
+                        _mm512_store_ps(total.as_mut_ptr(), _mm512_fmadd_ps(*a, factor, before));
+                    }
+                    *a = _mm512_setzero_ps();
+                }
+                if at.block + 1 == g.blocks {
+                    // SAFETY: the caller's promises.
+                    unsafe { write(w, &mut total, at.panel, rows, out) };
+                }
+                if to_add == 0 {
+                    return;
+                }
+                // SAFETY: another block follows.
+                (in_block, xsums) = unsafe { at.next_block::<F>() };
+                done = 0;
+            }
+        };
+    }
+    loop {
+        group!(0);
+        group!(1);
+        group!(2);
+        group!(3);
+        group!(4);
+        group!(5);
+        group!(6);
+        group!(7);
+    }
+}
+
+/// Where sums are added: a block of a panel.
+struct Place<'a> {
+    w: &'a QuantTiles,
+    x: &'a Activations,
+    /// The first row.
+    row: usize,
+    panel: usize,
+    block: usize,
+    scales: Scales,
+}
+
+impl<'a> Place<'a> {
+    #[target_feature(enable = "avx512f")]
+    fn new(w: &'a QuantTiles, x: &'a Activations, rows: &Range<usize>, panel: usize) -> Self {
+        // SAFETY: the processor has AVX-512.
+        let scales = unsafe { Scales::zero() };
+        Place { w, x, row: rows.start, panel, block: 0, scales }
+    }
+
+    /// Begins the block: how many groups it has, and where the sums of the rows' inputs in them are.
+    ///
+    /// # Safety
+    /// It exists; AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn enter<F: Format>(&mut self) -> (usize, *const f32) {
+        let g = &self.w.geometry;
+        // SAFETY: the caller's promise.
+        unsafe { F::scales(self.w.panel(self.panel).as_ptr(), g, self.block, &mut self.scales) };
+        let sums = &self.x.sums[self.x.sum_at(self.row, self.block * 8)..];
+        (g.groups(self.block), sums.as_ptr())
+    }
+
+    /// Goes to the next block and begins it.
+    ///
+    /// # Safety
+    /// There is one; AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn next_block<F: Format>(&mut self) -> (usize, *const f32) {
+        self.block += 1;
+        if self.block == self.w.geometry.blocks {
+            (self.block, self.panel) = (0, self.panel + 1);
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.enter::<F>() }
+    }
+}
+
+/// Writes a panel's sums out, and makes them zero.
+///
+/// # Safety
+/// As [`multiply`].
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn write(w: &QuantTiles, total: &mut Total, panel: usize, rows: &Range<usize>, out: Out) {
+    let lanes = PANEL.min(w.rows() - panel * PANEL);
+    let mask = (u32::MAX >> (32 - lanes)) as __mmask16;
+    for (row, total) in rows.clone().zip(&total.0) {
+        // SAFETY: the row and the unmasked columns are in the output, and this task's alone.
+        unsafe {
+            let sums = _mm512_load_ps(total.as_ptr());
+            _mm512_mask_storeu_ps(out.at(row, panel * PANEL), mask, sums);
         }
     }
+    *total = Total([[0.0; PANEL]; TILE]);
 }

@@ -29,8 +29,10 @@ pub(super) trait Format {
     const VECTORS: usize;
     /// Bytes of a group.
     const BYTES: usize;
-    /// A stored value is the weight plus `1 << SHIFT`.
+    /// A value of [`Format::quants`] is the weight plus `1 << SHIFT`.
     const SHIFT: Option<u32>;
+    /// Whether groups lie in memory as signed bytes, as the tile unit takes them.
+    const SIGNED: bool = false;
     /// Whether there are minima.
     const MINS: bool;
     /// Whether 16 times a weight is still a byte.
@@ -42,7 +44,7 @@ pub(super) trait Format {
     /// A panel of the geometry, and the block is in range.
     unsafe fn scales(panel: *const u8, g: &Geometry, block: usize, out: &mut Scales);
 
-    /// The stored values of the group at `at`; the first [`Format::VECTORS`] count.
+    /// The values of the group at `at`, without a sign; the first [`Format::VECTORS`] count.
     ///
     /// # Safety
     /// A group lies there.
@@ -107,6 +109,7 @@ impl Format for Q8_0 {
     const VECTORS: usize = 8;
     const BYTES: usize = 512;
     const SHIFT: Option<u32> = Some(7);
+    const SIGNED: bool = true;
     const MINS: bool = false;
     const NIBBLES: bool = false;
 
@@ -122,7 +125,8 @@ impl Format for Q8_0 {
         let mut out = [_mm512_setzero_si512(); 8];
         for (i, o) in out.iter_mut().enumerate() {
             // SAFETY: the caller's promise.
-            *o = unsafe { load(at.add(i * 64)) };
+            let signed = unsafe { load(at.add(i * 64)) };
+            *o = _mm512_xor_si512(signed, _mm512_set1_epi8(i8::MIN));
         }
         out
     }

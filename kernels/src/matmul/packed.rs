@@ -61,9 +61,8 @@ impl Kind {
     /// What is subtracted from a stored value.
     pub(super) fn offset(self) -> i32 {
         match self {
-            Kind::Q8_0 => 128,
             Kind::Q4_0 => 8,
-            Kind::Q4_1 | Kind::Q4K => 0,
+            Kind::Q8_0 | Kind::Q4_1 | Kind::Q4K => 0,
             Kind::Q6K => 32,
         }
     }
@@ -257,7 +256,7 @@ fn pack_legacy(g: &Geometry, panel: &mut [u8], lane: usize, b: usize, block: &[u
         Kind::Q8_0 => {
             for (i, q) in block[2..].chunks_exact(4).enumerate() {
                 for t in 0..4 {
-                    panel[at + i * 64 + lane * 4 + t] = q[t] ^ 0x80;
+                    panel[at + i * 64 + lane * 4 + t] = q[t];
                 }
             }
             return;
@@ -314,7 +313,7 @@ pub(super) fn group_values(g: &Geometry, panel: &[u8], b: usize, j: usize) -> [[
         for (i, o) in out.iter_mut().enumerate().take(g.kind.group()) {
             let byte = |vector: usize| i32::from(q[vector * 64 + lane * 4 + i % 4]);
             let v = match g.kind {
-                Kind::Q8_0 => byte(i / 4),
+                Kind::Q8_0 => i32::from(byte(i / 4) as i8),
                 Kind::Q6K => {
                     let low = (byte(i / 8) >> (i / 4 % 2 * 4)) & 15;
                     low | (((byte(2) >> (i / 4 * 2)) & 3) << 4)
