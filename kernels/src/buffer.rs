@@ -8,8 +8,9 @@ use half::f16;
 use memmap2::MmapMut;
 
 /// From this size on a buffer is part of a mapping that begins on a huge page and asks for more of
-/// them: a walk through gigabytes of weights or KV would otherwise wait for the page table. Of it
-/// nothing is resident before it is written, and all of it goes back to the system, whatever the allocator.
+/// them: a walk through gigabytes of weights or KV would otherwise wait for the page table. A page of
+/// it is resident once something in it is written, and all of it goes back to the system, whatever the
+/// allocator.
 const HUGE: usize = 2 << 20;
 /// Bytes of the mappings that matrices share.
 const CHUNK: usize = 64 << 20;
@@ -108,16 +109,6 @@ impl Buffer {
         self.len
     }
 
-    pub(crate) fn halves(&self) -> &[f16] {
-        // SAFETY: as above; a cache line is aligned for f16 and any bits are one.
-        unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), self.len / 2) }
-    }
-
-    pub(crate) fn halves_mut(&mut self) -> &mut [f16] {
-        // SAFETY: as above, and we hold the only reference.
-        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast(), self.len / 2) }
-    }
-
     /// Grows to at least `len` bytes; what was in it is lost then.
     pub(crate) fn reserve(&mut self, len: usize) {
         if len > self.len {
@@ -152,6 +143,16 @@ impl Buffer {
     pub(crate) fn floats_mut(&mut self) -> &mut [f32] {
         // SAFETY: as above, and we hold the only reference.
         unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast(), self.len / 4) }
+    }
+
+    pub(crate) fn halves(&self) -> &[f16] {
+        // SAFETY: as above; a cache line is aligned for f16 and any bits are one.
+        unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), self.len / 2) }
+    }
+
+    pub(crate) fn halves_mut(&mut self) -> &mut [f16] {
+        // SAFETY: as above, and we hold the only reference.
+        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast(), self.len / 2) }
     }
 }
 

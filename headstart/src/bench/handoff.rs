@@ -145,7 +145,7 @@ struct Copy {
 struct Bench {
     from: EngineHandle,
     to: EngineHandle,
-    /// Has room for one prefix, so that each one copied to it is new.
+    /// Has room for one prefix and no more, so that each one copied to it is new.
     small: EngineHandle,
     from_kv: Arc<Kv>,
     to_kv: Arc<Kv>,
@@ -168,7 +168,8 @@ impl Bench {
             Ok::<_, Failure>(EngineHandle::start(Box::new(executor), EngineOptions::default()))
         };
         // A second prefix takes the pages of the first, which are warm.
-        let (from, to, small) = (engine(2 * tokens)?, engine(2 * tokens)?, engine(tokens)?);
+        let (from, to) = (engine(2 * tokens)?, engine(2 * tokens)?);
+        let small = engine(args.prefix.next_multiple_of(PAGE))?;
         let listener = TcpListener::bind("127.0.0.1:0").await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?.to_string();
         let options =
@@ -223,7 +224,7 @@ impl Bench {
         (0..tokens).map(|_| next()).collect()
     }
 
-    /// A prefix in turn to the other engine and plainly to memory.
+    /// Prefixes to the other engine, each with a copy over plain TCP behind it.
     async fn copies(&self, args: &HandoffArgs, progress: &mut Steps) -> Result<Vec<Copy>, Failure> {
         // The sender keeps both; at the receiver one drives the other out.
         let exports = [self.export(0, args).await?, self.export(1, args).await?];

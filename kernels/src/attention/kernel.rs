@@ -7,6 +7,7 @@ use super::{KvPool, SEGMENT, lanes};
 use crate::cpu::{Cpu, Isa};
 use crate::math::{exp, tanh};
 use std::cell::Cell;
+use std::ops::Range;
 
 /// Queries (rows times heads) a block holds at most.
 pub(super) const QUERIES: usize = 36;
@@ -309,8 +310,8 @@ fn score_all<L: lanes::Lanes, E: Element>(
     }
 }
 
-/// Scores all queries against [`PAIR`] widened keys; what is left of keys that nobody sees is scored as
-/// well, and never looked at.
+/// Scores all queries against [`PAIR`] widened keys. A half that was not widened holds something old,
+/// whose scores [`lanes::Lanes::weigh`] masks.
 #[inline(always)]
 fn score_pair<L: lanes::Lanes>(
     q: &[f32],
@@ -336,12 +337,8 @@ fn weigh<L: lanes::Lanes, const FMA: bool>(state: &mut State, dim: usize) {
     let (part, block) = (&mut state.segment, &mut state.block);
     for (i, s) in state.scores.iter_mut().enumerate() {
         let (seen, before) = (state.seen[i], part.max[i]);
-        (block.max[i], block.sum[i]) = if seen.0 == seen.1 {
-            s.fill(0.0);
-            (before, 0.0)
-        } else {
-            L::weigh(s, seen, before)
-        };
+        (block.max[i], block.sum[i]) =
+            if seen.0 == seen.1 { (before, 0.0) } else { L::weigh(s, seen, before) };
     }
     // For all, also where the maximum stays: whether it does is a coin that no processor guesses.
     for ((before, max), factor) in part.max.iter_mut().zip(&block.max).zip(&mut block.factor) {
@@ -355,9 +352,8 @@ fn weigh<L: lanes::Lanes, const FMA: bool>(state: &mut State, dim: usize) {
     }
 }
 
-/// Adds the weighted values of 16 keys, key by key in ascending order. Queries that go together take all
-/// keys that one of them sees, which have been written; the weight of a key that a query does not see
-/// is 0. What an unused slot holds is never touched.
+/// Adds the weighted values of 16 keys, key by key in ascending order. A key that a query does not
+/// see is never touched for it, so whatever an unused slot or a later token holds cannot matter.
 #[inline(always)]
 fn gather<L: lanes::Lanes, E: Element>(
     acc: &mut [f32],
@@ -375,10 +371,18 @@ fn gather<L: lanes::Lanes, E: Element>(
             3.. => 3,
             _ => 1,
         };
-        let seen = seen[i..i + n].iter().filter(|seen| seen.0 < seen.1);
-        let (from, to) =
-            seen.fold((LANES, 0), |all, seen| (all.0.min(cut(seen.0)), all.1.max(cut(seen.1))));
         let (acc, weights) = (&mut acc[i * dim..(i + n) * dim], &weights[i..i + n]);
+        let seen = &seen[i..i + n];
+        // Later queries see neither earlier nor fewer later keys than the ones before them. What all see
+        // goes together, what is before and behind it one by one.
+        let (first, last) = (seen[0], seen[n - 1]);
+        let (from, to) = (cut(last.0), cut(first.1));
+        let (from, to) = if from < to { (from, to) } else { (LANES, LANES) };
+        if cut(first.0) < from {
+            one_by_one::<L, E>(acc, weights, dim, values, part, |j| {
+                cut(seen[j].0)..cut(seen[j].1).min(from)
+            });
+        }
         if from < to {
             match n {
                 6 => L::gather::<6, E>(acc, dim, weights, values, part, from..to),
@@ -386,6 +390,29 @@ fn gather<L: lanes::Lanes, E: Element>(
                 _ => L::gather::<1, E>(acc, dim, weights, values, part, from..to),
             }
         }
+        if to < cut(last.1) {
+            one_by_one::<L, E>(acc, weights, dim, values, part, |j| {
+                cut(seen[j].0).max(to)..cut(seen[j].1)
+            });
+        }
         i += n;
+    }
+}
+
+/// [`gather`] of the keys `seen` by each query alone.
+#[inline(always)]
+fn one_by_one<L: lanes::Lanes, E: Element>(
+    acc: &mut [f32],
+    weights: &[[f32; KEYS]],
+    dim: usize,
+    values: &[E],
+    part: usize,
+    seen: impl Fn(usize) -> Range<usize>,
+) {
+    for (j, acc) in acc.chunks_exact_mut(dim).enumerate() {
+        let seen = seen(j);
+        if !seen.is_empty() {
+            L::gather::<1, E>(acc, dim, &weights[j..], values, part, seen);
+        }
     }
 }

@@ -81,7 +81,7 @@ pub struct KvSlot {
 /// One page is contiguous, so it is moved or copied as one slice:
 /// `[layer]{ keys [kv_head][head_dim][page_size], values [kv_head][page_size][head_dim] }`. Keys lie
 /// transposed, so that the scores of neighbouring positions are neighbouring lanes. Memory of pages
-/// never written is not touched.
+/// never written is not touched, up to a huge page around those that were.
 #[derive(Debug)]
 pub struct KvPool {
     shape: KvShape,

@@ -156,6 +156,30 @@ fn any_chunking_gives_the_same_bits() {
 }
 
 #[test]
+fn what_a_later_token_holds_does_not_matter() {
+    let pool = ThreadPool::new(2);
+    let mut rng = Rng::new(10);
+    for mut case in cases() {
+        let (kv_width, width) =
+            (case.shape.kv_heads * case.shape.head_dim, case.heads * case.shape.head_dim);
+        for opt in OPTIONS {
+            let right = case.run(&pool, 0, case.len, opt);
+            let p = rng.below(case.len);
+            let (page, slot) = (p / case.shape.page_size, p % case.shape.page_size);
+            let at = KvSlot { page: case.pages[page], slot: slot as u32 };
+            let (mut k, mut v) = (vec![0.0; kv_width], vec![0.0; kv_width]);
+            case.kv.read(1, at, &mut k, &mut v);
+            let nan = vec![f32::NAN; kv_width];
+            case.kv.write_rows(&pool, 1, &[at], &nan, &nan);
+            let got = case.run(&pool, 0, case.len, opt);
+            case.kv.write_rows(&pool, 1, &[at], &k, &v);
+            assert_eq!(got[..p * width], right[..p * width], "before {p}");
+            assert!(got[p * width..][..width].iter().all(|v| v.is_nan()), "{p} itself");
+        }
+    }
+}
+
+#[test]
 fn sequences_of_a_batch_do_not_meet() {
     let pool = ThreadPool::new(2);
     let case = &cases()[2];

@@ -1,7 +1,7 @@
 //! Integer products with AMX tiles, for many rows at once.
 //!
-//! A block of a panel is expanded to signed bytes once; then 16 rows at a time meet it group by
-//! group. The tile unit gives exact sums, AVX-512 scales and adds them in the order of
+//! A block of a panel is expanded to bytes once (Q8_0 is such bytes already); then 16 rows at a time
+//! meet it group by group. The tile unit gives exact sums, AVX-512 scales and adds them in the order of
 //! [`super::int`]. Sixteen rows or fewer have a way of their own, [`super::amx_one`].
 //!
 //! A group is 32 inputs of two levels, a tile row 64 bytes. Of a four-bit weight `q` both `q` and
@@ -28,7 +28,7 @@ const PANELS: usize = 8;
 pub(super) const LAG: usize = 6;
 /// Tiles of sums that are kept.
 pub(super) const RING: usize = 8;
-/// Groups of a whole block.
+/// Groups of a block that [`whole_block`] takes: a whole one's, of 32 inputs each.
 const GROUPS: usize = 8;
 /// Bytes of a block of a panel, expanded, at most.
 const BLOCK: usize = 8 * 1024;
@@ -287,7 +287,7 @@ unsafe fn blocks<F: Format>(
             rows: rows.clone(),
             panels: panels.len(),
             bytes: match F::SIGNED {
-                true => w.panel(panels.start)[g.quants_at(block)..].as_ptr(),
+                true => w.panels(panels.clone())[g.quants_at(block)..].as_ptr(),
                 false => scratch.bytes.as_ptr(),
             },
             stride: if F::SIGNED { g.panel_bytes } else { BLOCK },
@@ -296,7 +296,9 @@ unsafe fn blocks<F: Format>(
         // SAFETY: the caller's promises.
         unsafe {
             match job.groups {
-                GROUPS => whole_block::<F>(&job, units, scales, totals, ring),
+                GROUPS if F::GROUPS == GROUPS => {
+                    whole_block::<F>(&job, units, scales, totals, ring)
+                }
                 _ => tiles::<F>(&job, units, scales, totals, ring),
             }
         }
@@ -445,7 +447,7 @@ impl Feed<'_> {
 /// Adds a block to the sums of all rows and panels.
 ///
 /// # Safety
-/// As [`multiply`]; the tiles are configured and the blocks are expanded.
+/// As [`multiply`]; the tiles are configured, and the panels' bytes are there.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn tiles<F: Format>(
     block: &Block<'_>,

@@ -1,7 +1,7 @@
 //! [`super::amx`]'s products of a single tile of rows, past which the panels stream.
 //!
 //! No panel meets a second tile, so a group is expanded just before its product, into one of a few
-//! places. They, the sums that the tile unit stores and the rows' levels share the nearest cache. Whole
+//! places (Q8_0's groups are taken where they lie). They, the sums that the tile unit stores and the rows' levels share the nearest cache. Whole
 //! blocks, expanded first, drove each other out of it: eight and sixteen rows took half as long again.
 
 use super::activations::{Activations, TILE};
@@ -18,8 +18,10 @@ const AHEAD: usize = 4;
 const PLACES: usize = 8;
 /// Bytes of a place.
 const PLACE: usize = 1024;
-/// Bytes between what is expanded and what is fetched for it.
+/// Bytes between the group that is taken and the one that is fetched.
 const FETCHED: usize = 2048;
+/// The same for groups that are not expanded, which are taken later.
+const FETCHED_SIGNED: usize = 6144;
 
 /// Walks through the groups of some panels.
 struct Groups<'a> {
@@ -67,7 +69,7 @@ impl<'a> Groups<'a> {
     #[inline(always)]
     fn take<F: Format>(&mut self) -> *const u8 {
         let group = self.at;
-        let fetched = if F::SIGNED { 3 * FETCHED } else { FETCHED };
+        let fetched = if F::SIGNED { FETCHED_SIGNED } else { FETCHED };
         for line in 0..F::BYTES / 64 + 1 {
             let line = group.wrapping_add(fetched + line * 64);
             // SAFETY: fetching is harmless anywhere.
@@ -161,7 +163,7 @@ pub(super) unsafe fn multiply<F: Format, const R: usize>(
         unsafe { ahead.expand_next::<F>(place(i)) };
     }
 
-    let mut at = Place::new(w, x, rows, panels.start);
+    let mut at = Cursor::new(w, x, rows, panels.start);
     let mut total = Total([[0.0; PANEL]; TILE]);
     let mut a = [_mm512_setzero_ps(); R];
     // Groups of the block, the sums of the inputs of the first one, and how many are added.
@@ -219,7 +221,7 @@ pub(super) unsafe fn multiply<F: Format, const R: usize>(
 }
 
 /// Where sums are added: a block of a panel.
-struct Place<'a> {
+struct Cursor<'a> {
     w: &'a QuantTiles,
     x: &'a Activations,
     /// The first row.
@@ -229,12 +231,12 @@ struct Place<'a> {
     scales: Scales,
 }
 
-impl<'a> Place<'a> {
+impl<'a> Cursor<'a> {
     #[target_feature(enable = "avx512f")]
     fn new(w: &'a QuantTiles, x: &'a Activations, rows: &Range<usize>, panel: usize) -> Self {
         // SAFETY: the processor has AVX-512.
         let scales = unsafe { Scales::zero() };
-        Place { w, x, row: rows.start, panel, block: 0, scales }
+        Cursor { w, x, row: rows.start, panel, block: 0, scales }
     }
 
     /// Begins the block: how many groups it has, and where the sums of the rows' inputs in them are.

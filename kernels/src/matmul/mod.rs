@@ -281,6 +281,11 @@ fn run_group(
         assert_eq!(x.len(), m * w.cols, "matmul: input of {m} rows for {w:?}");
         assert_eq!(y.len(), m * w.rows, "matmul: output of {m} rows for {w:?}");
     }
+    if products.iter().any(|(w, _)| w.cols == 0) {
+        // Sums of nothing.
+        products.iter_mut().for_each(|(_, y)| y.fill(0.0));
+        return;
+    }
     if m == 0 {
         return;
     }

@@ -2,11 +2,12 @@
 //!
 //! A panel holds 16 rows of `W`, row `n` in lane `n` of every 64-byte vector; a lane's four bytes
 //! are four neighbouring inputs. That is at once the operand of VNNI's `vpdpbusd` (against four
-//! broadcast activations) and a row of an AMX B tile. Sizes are those of the file, up to padding.
+//! broadcast activations; of Q8_0 once the signs are flipped) and a row of an AMX B tile. Sizes are
+//! those of the file, up to padding.
 //!
 //! | type | layout of a block of 256 inputs (the last one of a row may be shorter) |
 //! |---|---|
-//! | Q8_0 | 16 f16 scales a group of 32; then its 8 vectors of bytes, each plus 128 |
+//! | Q8_0 | 16 f16 scales a group of 32; then its 8 vectors of signed bytes |
 //! | Q4_0, Q4_1 | 16 f16 scales (and 16 minima) a group of 32; then its 4 vectors of nibbles |
 //! | Q4_K | 16 d, 16 dmin, 12 scale bytes a lane as 3 vectors, 8 × 4 vectors of nibbles |
 //! | Q6_K | 16 scale bytes a lane as 4 vectors, 16 × (2 vectors of low nibbles, 1 of high bit pairs); the d of all blocks, 16 each, come before the first |
@@ -20,6 +21,7 @@ use super::PANEL;
 use crate::buffer::{Arena, Buffer};
 use crate::quant::{f16_at, q6_at, scale_min};
 use crate::{DType, ThreadPool};
+use std::ops::Range;
 
 /// The types that have integer kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -211,7 +213,12 @@ impl QuantTiles {
     }
 
     pub(super) fn panel(&self, panel: usize) -> &[u8] {
-        &self.data.bytes()[panel * self.geometry.panel_bytes..][..self.geometry.panel_bytes]
+        self.panels(panel..panel + 1)
+    }
+
+    pub(super) fn panels(&self, panels: Range<usize>) -> &[u8] {
+        let bytes = self.geometry.panel_bytes;
+        &self.data.bytes()[panels.start * bytes..panels.end * bytes]
     }
 
     /// Expands a row with ggml's own arithmetic.

@@ -252,3 +252,16 @@ fn wrong_lengths_are_refused() {
     assert!(Matrix::from_bytes(DType::Q4_K, &[0; 144], usize::MAX, 256).is_err());
     assert!(Matrix::from_bytes(DType::F32, &[0; 8], 2, 1).is_ok());
 }
+
+#[test]
+fn sums_of_nothing_are_zero() {
+    let pool = ThreadPool::new(2);
+    for dtype in ALL {
+        let w = Matrix::from_bytes(dtype, &[], 20, 0).unwrap();
+        for m in [0, 1, 16, 40] {
+            for isa in isas() {
+                assert_eq!(product(isa, &pool, &w, &[], m), vec![0.0; m * 20], "{dtype} {isa:?}");
+            }
+        }
+    }
+}

@@ -67,8 +67,8 @@ unsafe fn all<F: Format>(
                     (1, SIDE) => rows_of::<F, 1, SIDE>(w, x, at, row, out),
                     (1, _) => rows_of::<F, 1, 1>(w, x, at, row, out),
                     // Unpacked nibbles are worth sharing among more rows than bytes are.
-                    (4.., SIDE) if F::SHIFT != Some(7) => rows_of::<F, 4, SIDE>(w, x, at, row, out),
-                    (4.., _) if F::SHIFT != Some(7) => rows_of::<F, 4, 1>(w, x, at, row, out),
+                    (4.., SIDE) if !F::SIGNED => rows_of::<F, 4, SIDE>(w, x, at, row, out),
+                    (4.., _) if !F::SIGNED => rows_of::<F, 4, 1>(w, x, at, row, out),
                     (_, SIDE) => rows_of::<F, 2, SIDE>(w, x, at, row, out),
                     _ => rows_of::<F, 2, 1>(w, x, at, row, out),
                 }
