@@ -47,8 +47,8 @@ Example:
   headstart bench handoff --model smollm2
 
 ratio: bytes/s of KV pages into the other engine's prefix cache, beside a plain TCP copy of as many
-bytes right after it; the middle of all such pairs. exposed: from the switch to the first token written by the other engine, less
-what it takes where the answer stays, in decode steps.")]
+bytes right after it; the middle of all such pairs. exposed: from the switch to the first token
+written by the other engine, less what it takes where the answer stays, in decode steps.")]
 pub struct HandoffArgs {
     /// The model: a path, a short name (see `headstart models list`), or hf:owner/repo[:file.gguf]
     #[arg(long, value_name = "SPEC", default_value = "smollm2")]

@@ -7,70 +7,25 @@
 //! A group is 32 inputs of two levels, a tile row 64 bytes. Of a four-bit weight `q` both `q` and
 //! `16 q` are bytes, so `16 Σ q·hi + Σ q·lo` is one product of `[hi | lo]` with `[16 q | q]`. Other
 //! types take one product a level.
-//!
-//! The tile unit, its loads, its stores and the vector unit all have about the same to do, so
-//! products are issued some groups before their sums are used, with four tiles of sums in turn.
 
-use super::activations::{Activations, HIGH_SHIFT, TILE};
+use super::activations::{Activations, TILE};
+use super::amx_add::add;
+use super::amx_one as one;
+use super::amx_unit::{LAG, RING, Ring, TileConfig, depth, flush, level_at, products, start};
 use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales};
 use super::packed::{Geometry, Kind, QuantTiles};
-use super::{Out, PANEL, amx_one as one, amx_whole as whole};
+use super::{Out, PANEL};
 use crate::buffer::Buffer;
-use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 
 /// Panels that are expanded together and meet the rows one after the other.
 const PANELS: usize = 8;
-/// Products between the start of one and the use of its sums: so long the tile unit takes, and its
-/// stores to reach the cache.
-pub(super) const LAG: usize = 6;
-/// Tiles of sums that are kept.
-pub(super) const RING: usize = 8;
 /// Groups of a block that [`whole_block`] takes: a whole one's, of 32 inputs each.
 const GROUPS: usize = 8;
 /// Bytes of a block of a panel, expanded, at most.
 const BLOCK: usize = 8 * 1024;
-
-/// `ldtilecfg`'s operand.
-#[repr(C, align(64))]
-pub(super) struct TileConfig {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-impl TileConfig {
-    /// Tiles of `(rows, bytes a row)`.
-    pub(super) fn new(tiles: [(usize, usize); 8]) -> Self {
-        let (mut bytes, mut rows) = ([0; 16], [0; 16]);
-        for (i, (r, b)) in tiles.into_iter().enumerate() {
-            (rows[i], bytes[i]) = (r as u8, b as u16);
-        }
-        TileConfig { palette: 1, start_row: 0, reserved: [0; 14], bytes, rows }
-    }
-
-    /// Loads the configuration; the tiles are zero then.
-    ///
-    /// # Safety
-    /// The processor has AMX and the process may use it.
-    pub(super) unsafe fn load(&self) {
-        // SAFETY: the operand is 64 bytes of a valid configuration.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) self, options(nostack, readonly)) };
-    }
-
-    /// Puts the tile unit back to sleep, so that switching threads stays cheap.
-    ///
-    /// # Safety
-    /// The processor has AMX.
-    pub(super) unsafe fn release() {
-        // SAFETY: touches tile state only.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
-    }
-}
 
 /// What one thread needs.
 pub(super) struct Scratch {
@@ -88,24 +43,13 @@ pub(super) struct Scratch {
 #[repr(C, align(64))]
 pub(super) struct Total(pub(super) [[f32; PANEL]; TILE]);
 
-/// Integer sums, as the tile unit stores them.
-#[repr(C, align(64))]
-pub(super) struct Ring([[[i32; PANEL]; TILE]; RING]);
-
-impl Ring {
-    /// The first slot.
-    pub(super) fn start(&mut self) -> *mut u8 {
-        self.0.as_mut_ptr().cast()
-    }
-}
-
 impl Default for Scratch {
     fn default() -> Self {
         Scratch {
             bytes: Buffer::new(PANELS * BLOCK),
             scales: Vec::new(),
             totals: Vec::new(),
-            ring: Box::new(Ring([[[0; PANEL]; TILE]; RING])),
+            ring: Box::default(),
         }
     }
 }
@@ -138,16 +82,6 @@ pub(super) unsafe fn multiply(
         }
         TileConfig::release();
     }
-}
-
-/// Rows of a B tile and vectors of an expanded group.
-const fn depth<F: Format>() -> usize {
-    if F::NIBBLES { 16 } else { F::VECTORS }
-}
-
-/// Products of a group.
-pub(super) const fn products<F: Format>() -> usize {
-    if F::NIBBLES { 1 } else { 2 }
 }
 
 /// # Safety
@@ -218,8 +152,8 @@ pub(super) unsafe fn expand<F: Format>(from: *const u8, to: *mut u8) {
     }
 }
 
-/// Expands a block of a panel (`[group][vector]`), unless the tile unit takes it as it is, and fetches
-/// what is used next.
+/// Expands a block of a panel (`[group][vector]`), unless the tile unit takes it as it is, and
+/// fetches what is used next.
 ///
 /// # Safety
 /// `weights` is a panel of the geometry with that block, `to` has room for [`BLOCK`] bytes; AVX-512.
@@ -401,13 +335,6 @@ impl Pipeline {
     }
 }
 
-/// Where level `level` of a row's group `group` is, in bytes, if groups of 32 are `stride` apart.
-#[inline(always)]
-pub(super) fn level_at<F: Format>(group: usize, level: usize, stride: usize) -> usize {
-    let per32 = 8 / F::VECTORS;
-    group / per32 * stride + group % per32 * 16 + level * 32
-}
-
 /// Gives a block's products their operands.
 struct Feed<'a> {
     block: &'a Block<'a>,
@@ -569,48 +496,6 @@ unsafe fn whole_block<F: Format>(
     }
 }
 
-/// Adds a group to the sums `a` of a tile of rows: `scale · Σ q·x + min · Σ x`.
-///
-/// # Safety
-/// AVX-512; `R` rows of sums at `high` and, if there are two products a group, at `low`; the sums of
-/// `R` rows of inputs at `x`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) unsafe fn add<F: Format, const R: usize>(
-    a: &mut [__m512; R],
-    scale: __m512,
-    high: *const u8,
-    low: *const u8,
-    min: __m512,
-    x: *const f32,
-) {
-    if R == TILE {
-        let a: &mut [__m512; TILE] = a.as_mut_slice().try_into().expect("a whole tile");
-        // SAFETY: the caller's promises.
-        return unsafe {
-            match (F::NIBBLES, F::MINS) {
-                (true, true) => whole::nibbles_mins(a, scale, high, min, x),
-                (true, false) => whole::nibbles(a, scale, high),
-                _ => whole::levels(a, scale, high, low),
-            }
-        };
-    }
-    for (r, a) in a.iter_mut().enumerate() {
-        // SAFETY: the caller's promises.
-        unsafe {
-            let mut isum = _mm512_load_si512(high.add(r * 64).cast());
-            if !F::NIBBLES {
-                let low = _mm512_load_si512(low.add(r * 64).cast());
-                isum = _mm512_add_epi32(_mm512_slli_epi32::<HIGH_SHIFT>(isum), low);
-            }
-            *a = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(isum), *a);
-            if F::MINS {
-                *a = _mm512_fmadd_ps(min, _mm512_set1_ps(*x.add(r)), *a);
-            }
-        }
-    }
-}
-
 /// Writes the sums of some panels out.
 ///
 /// # Safety
@@ -628,80 +513,11 @@ unsafe fn store(
         let (tile, r) = ((row - rows.start) / TILE, (row - rows.start) % TILE);
         let totals = &scratch.totals[tile * panels.len()..][..panels.len()];
         for (panel, total) in panels.clone().zip(totals) {
-            let lanes = PANEL.min(w.rows() - panel * PANEL);
-            let mask = (u32::MAX >> (32 - lanes)) as __mmask16;
             // SAFETY: the row and the unmasked columns are in the output, and this task's alone.
             unsafe {
                 let sums = _mm512_load_ps(total.0[r].as_ptr());
-                _mm512_mask_storeu_ps(out.at(row, panel * PANEL), mask, sums);
+                _mm512_mask_storeu_ps(out.at(row, panel * PANEL), w.columns(panel), sums);
             }
-        }
-    }
-}
-
-/// `sums[i] = a · b` while `sums[i + 2]` of four go to `to`. Tiles 0 to 3 hold sums, 4 and 5 levels, 6
-/// and 7 weights.
-///
-/// # Safety
-/// The tiles are configured, the operands have their shape and `to` has room for a tile.
-#[inline(always)]
-pub(super) unsafe fn start<F: Format>(i: usize, a: *const u8, b: *const u8, to: *mut u8) {
-    macro_rules! product {
-        ($op:literal, $sums:literal, $a:literal, $b:literal, $before:literal) => {
-            asm!(
-                concat!("tileloadd ", $a, ", [{a} + {s}*1]"),
-                concat!("tileloadd ", $b, ", [{b} + {s}*1]"),
-                concat!("tilestored [{to} + {s}*1], ", $before),
-                concat!("tilezero ", $sums),
-                concat!($op, " ", $sums, ", ", $a, ", ", $b),
-                a = in(reg) a,
-                b = in(reg) b,
-                to = in(reg) to,
-                s = in(reg) 64usize,
-                options(nostack),
-            )
-        };
-    }
-    macro_rules! turn {
-        ($op:literal) => {
-            match i {
-                0 => product!($op, "tmm0", "tmm4", "tmm6", "tmm2"),
-                1 => product!($op, "tmm1", "tmm5", "tmm7", "tmm3"),
-                2 => product!($op, "tmm2", "tmm4", "tmm6", "tmm0"),
-                _ => product!($op, "tmm3", "tmm5", "tmm7", "tmm1"),
-            }
-        };
-    }
-    // SAFETY: the caller's promises.
-    unsafe {
-        // Without an offset weights are unsigned: 16 times one may be 240.
-        if F::SHIFT.is_none() { turn!("tdpbsud") } else { turn!("tdpbssd") }
-    }
-}
-
-/// The store of [`start`] alone.
-///
-/// # Safety
-/// As [`start`].
-#[inline(always)]
-pub(super) unsafe fn flush(i: usize, to: *mut u8) {
-    macro_rules! store {
-        ($before:literal) => {
-            asm!(
-                concat!("tilestored [{to} + {s}*1], ", $before),
-                to = in(reg) to,
-                s = in(reg) 64usize,
-                options(nostack),
-            )
-        };
-    }
-    // SAFETY: the caller's promises.
-    unsafe {
-        match i {
-            0 => store!("tmm2"),
-            1 => store!("tmm3"),
-            2 => store!("tmm0"),
-            _ => store!("tmm1"),
         }
     }
 }

@@ -5,7 +5,7 @@
 //! rows, so one row takes the same path as many.
 
 use super::activations::TILE;
-use super::amx::TileConfig;
+use super::amx_unit::TileConfig;
 use super::float::FloatTiles;
 use super::halves::{Halves, ROW};
 use super::{Out, PANEL};

@@ -5,7 +5,9 @@
 //! blocks, expanded first, drove each other out of it: eight and sixteen rows took half as long again.
 
 use super::activations::{Activations, TILE};
-use super::amx::{LAG, RING, Scratch, Total, add, expand, flush, level_at, products, start};
+use super::amx::{Scratch, Total, expand};
+use super::amx_add::add;
+use super::amx_unit::{LAG, RING, flush, level_at, products, start};
 use super::formats::{Format, Scales};
 use super::packed::{Geometry, QuantTiles};
 use super::{Out, PANEL};
@@ -274,13 +276,11 @@ impl<'a> Cursor<'a> {
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn write(w: &QuantTiles, total: &mut Total, panel: usize, rows: &Range<usize>, out: Out) {
-    let lanes = PANEL.min(w.rows() - panel * PANEL);
-    let mask = (u32::MAX >> (32 - lanes)) as __mmask16;
     for (row, total) in rows.clone().zip(&total.0) {
         // SAFETY: the row and the unmasked columns are in the output, and this task's alone.
         unsafe {
             let sums = _mm512_load_ps(total.as_ptr());
-            _mm512_mask_storeu_ps(out.at(row, panel * PANEL), mask, sums);
+            _mm512_mask_storeu_ps(out.at(row, panel * PANEL), w.columns(panel), sums);
         }
     }
     *total = Total([[0.0; PANEL]; TILE]);

@@ -7,11 +7,13 @@ mod activations;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
+mod amx_add;
+#[cfg(target_arch = "x86_64")]
 mod amx_bf16;
 #[cfg(target_arch = "x86_64")]
 mod amx_one;
 #[cfg(target_arch = "x86_64")]
-mod amx_whole;
+mod amx_unit;
 mod float;
 mod float_kernels;
 #[cfg(target_arch = "x86_64")]

@@ -216,6 +216,11 @@ impl QuantTiles {
         self.panels(panel..panel + 1)
     }
 
+    /// Which lanes of a panel are columns of the output: all but in the last one.
+    pub(super) fn columns(&self, panel: usize) -> u16 {
+        u16::MAX >> (PANEL - PANEL.min(self.rows - panel * PANEL))
+    }
+
     pub(super) fn panels(&self, panels: Range<usize>) -> &[u8] {
         let bytes = self.geometry.panel_bytes;
         &self.data.bytes()[panels.start * bytes..panels.end * bytes]

@@ -139,12 +139,11 @@ unsafe fn rows_of<F: Format, const M: usize, const P: usize>(
         }
     }
     for (p, sum) in sum.iter().enumerate() {
-        let first = (at.first + p * at.step) * PANEL;
-        let lanes = PANEL.min(w.rows() - first);
-        let mask = (u32::MAX >> (32 - lanes)) as __mmask16;
+        let panel = at.first + p * at.step;
+        let mask = w.columns(panel);
         for (r, sum) in sum.iter().enumerate() {
             // SAFETY: the row and the unmasked columns are in the output, and this task's alone.
-            unsafe { _mm512_mask_storeu_ps(out.at(row + r, first), mask, *sum) };
+            unsafe { _mm512_mask_storeu_ps(out.at(row + r, panel * PANEL), mask, *sum) };
         }
     }
     M

@@ -1,8 +1,55 @@
-//! [`super::amx`]'s `add` for a whole tile of rows, in registers: sixteen sums, and four more on the way, which
-//! compilers do not manage without spilling.
+//! What becomes of the tile unit's integer sums: they are scaled and added up, in the order of
+//! [`super::int`].
+//!
+//! For a whole tile of rows in registers: sixteen sums, and four more on the way, which compilers do not
+//! manage without spilling.
 
+use super::activations::{HIGH_SHIFT, TILE};
+use super::formats::Format;
 use std::arch::asm;
-use std::arch::x86_64::__m512;
+use std::arch::x86_64::*;
+
+/// Adds a group to the sums `a` of a tile of rows: `scale · Σ q·x + min · Σ x`.
+///
+/// # Safety
+/// AVX-512; `R` rows of sums at `high` and, if there are two products a group, at `low`; the sums of
+/// `R` rows of inputs at `x`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(super) unsafe fn add<F: Format, const R: usize>(
+    a: &mut [__m512; R],
+    scale: __m512,
+    high: *const u8,
+    low: *const u8,
+    min: __m512,
+    x: *const f32,
+) {
+    if R == TILE {
+        let a: &mut [__m512; TILE] = a.as_mut_slice().try_into().expect("a whole tile");
+        // SAFETY: the caller's promises.
+        return unsafe {
+            match (F::NIBBLES, F::MINS) {
+                (true, true) => nibbles_mins(a, scale, high, min, x),
+                (true, false) => nibbles(a, scale, high),
+                _ => levels(a, scale, high, low),
+            }
+        };
+    }
+    for (r, a) in a.iter_mut().enumerate() {
+        // SAFETY: the caller's promises.
+        unsafe {
+            let mut isum = _mm512_load_si512(high.add(r * 64).cast());
+            if !F::NIBBLES {
+                let low = _mm512_load_si512(low.add(r * 64).cast());
+                isum = _mm512_add_epi32(_mm512_slli_epi32::<HIGH_SHIFT>(isum), low);
+            }
+            *a = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(isum), *a);
+            if F::MINS {
+                *a = _mm512_fmadd_ps(min, _mm512_set1_ps(*x.add(r)), *a);
+            }
+        }
+    }
+}
 
 /// Adds a tile to `$a`, row by row. `$row!(row, passing register, bytes to the tile's row, bytes to the
 /// row's input)` are the instructions for one.
@@ -89,10 +136,10 @@ macro_rules! levels_row {
 /// Four-bit weights with minima.
 ///
 /// # Safety
-/// As [`super::amx`]'s `add`.
+/// As [`add`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) unsafe fn nibbles_mins(
+unsafe fn nibbles_mins(
     a: &mut [__m512; 16],
     scale: __m512,
     high: *const u8,
@@ -114,10 +161,10 @@ pub(super) unsafe fn nibbles_mins(
 /// Four-bit weights.
 ///
 /// # Safety
-/// As [`super::amx`]'s `add`.
+/// As [`add`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) unsafe fn nibbles(a: &mut [__m512; 16], scale: __m512, high: *const u8) {
+unsafe fn nibbles(a: &mut [__m512; 16], scale: __m512, high: *const u8) {
     // SAFETY: reads what the caller promised.
     unsafe {
         add_rows!(
@@ -131,10 +178,10 @@ pub(super) unsafe fn nibbles(a: &mut [__m512; 16], scale: __m512, high: *const u
 /// Two products a group.
 ///
 /// # Safety
-/// As [`super::amx`]'s `add`.
+/// As [`add`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) unsafe fn levels(a: &mut [__m512; 16], scale: __m512, high: *const u8, low: *const u8) {
+unsafe fn levels(a: &mut [__m512; 16], scale: __m512, high: *const u8, low: *const u8) {
     // SAFETY: reads what the caller promised.
     unsafe {
         add_rows!(
