@@ -22,8 +22,6 @@ use std::ops::Range;
 
 /// Panels that are expanded together and meet the rows one after the other.
 const PANELS: usize = 8;
-/// Groups of a block that [`whole_block`] takes: a whole one's, of 32 inputs each.
-const GROUPS: usize = 8;
 /// Bytes of a block of a panel, expanded, at most.
 const BLOCK: usize = 8 * 1024;
 
@@ -228,14 +226,7 @@ unsafe fn blocks<F: Format>(
         };
         let (scales, totals, ring) = (&scratch.scales, &mut scratch.totals, &mut scratch.ring);
         // SAFETY: the caller's promises.
-        unsafe {
-            match job.groups {
-                GROUPS if F::GROUPS == GROUPS => {
-                    whole_block::<F>(&job, units, scales, totals, ring)
-                }
-                _ => tiles::<F>(&job, units, scales, totals, ring),
-            }
-        }
+        unsafe { tiles::<F>(&job, units, scales, totals, ring) };
     }
 }
 
@@ -254,10 +245,24 @@ struct Block<'a> {
 }
 
 impl Block<'_> {
-    /// Adds the block's sums `a` of the tile of rows from `row` on to `total`.
+    #[inline]
+    fn operands(&self, at: Walk) -> Operands {
+        let (levels, stride) = self.x.tile(self.rows.start / TILE + at.tile);
+        let levels = levels.wrapping_add(self.block * 8 * stride);
+        Operands { levels, stride, weights: self.bytes.wrapping_add(at.panel * self.stride) }
+    }
+
+    /// Sums of the inputs of a tile of rows in the block's groups.
+    #[inline]
+    fn sums(&self, tile: usize) -> *const f32 {
+        self.x.sums[self.x.sum_at(self.rows.start + tile * TILE, self.block * 8)..].as_ptr()
+    }
+
+    /// Adds the block's sums `a` of a tile of rows to `total`.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn add_up(&self, row: usize, a: &[__m512; TILE], total: &mut Total) {
+    fn add_up(&self, tile: usize, a: &[__m512; TILE], total: &mut Total) {
+        let row = self.rows.start + tile * TILE;
         let factors = &self.x.scale[row * self.blocks..][..TILE * self.blocks];
         for (r, (a, total)) in a.iter().zip(&mut total.0).enumerate() {
             let factor = _mm512_set1_ps(factors[r * self.blocks + self.block]);
@@ -297,81 +302,17 @@ impl Walk {
     }
 }
 
-/// Issues products, one after the other, and keeps their sums in turn.
-struct Pipeline {
-    issued: usize,
-    total: usize,
-    ring: *mut u8,
+/// A tile of rows and a panel that meet: where their levels and weights in the block are.
+#[derive(Clone, Copy)]
+struct Operands {
+    levels: *const u8,
+    /// Bytes between groups of levels.
+    stride: usize,
+    weights: *const u8,
 }
 
-impl Pipeline {
-    /// Of `total` products, whose sums go to `ring`.
-    fn new(total: usize, ring: &mut Ring) -> Self {
-        Pipeline { issued: 0, total, ring: ring.start() }
-    }
-
-    /// Starts the next product, of the levels and weights that `operands` gives, and stores the sums of
-    /// the one before the last.
-    ///
-    /// # Safety
-    /// The tiles are configured for the format, and the operands are of it.
-    #[inline(always)]
-    unsafe fn next<F: Format>(&mut self, operands: impl FnOnce() -> (*const u8, *const u8)) {
-        let i = self.issued;
-        if i >= self.total + 2 {
-            return;
-        }
-        self.issued += 1;
-        let to = self.ring.wrapping_add((i + RING - 2) % RING * 1024);
-        // SAFETY: the caller's promise; a slot of the ring.
-        unsafe {
-            if i < self.total {
-                let (a, b) = operands();
-                start::<F>(i % 4, a, b, to);
-            } else {
-                flush(i % 4, to);
-            }
-        }
-    }
-}
-
-/// Gives a block's products their operands.
-struct Feed<'a> {
-    block: &'a Block<'a>,
-    walk: Walk,
-    group: usize,
-    level: usize,
-    /// The unit's levels and weights.
-    a: *const u8,
-    a_stride: usize,
-    b: *const u8,
-}
-
-impl Feed<'_> {
-    #[inline(always)]
-    fn next<F: Format>(&mut self) -> (*const u8, *const u8) {
-        if self.group == 0 && self.level == 0 {
-            let Walk { tile, panel, .. } = self.walk;
-            self.walk.step();
-            let (a, stride) = self.block.x.tile(self.block.rows.start / TILE + tile);
-            self.a_stride = stride;
-            self.a = a.wrapping_add(self.block.block * 8 * stride);
-            self.b = self.block.bytes.wrapping_add(panel * self.block.stride);
-        }
-        let a = self.a.wrapping_add(level_at::<F>(self.group, self.level, self.a_stride));
-        let b = self.b.wrapping_add(self.group * depth::<F>() * 64);
-        self.level += 1;
-        if self.level == products::<F>() {
-            (self.level, self.group) = (0, self.group + 1);
-            if self.group == self.block.groups {
-                self.group = 0;
-            }
-        }
-        (a, b)
-    }
-}
-
-/// Adds a block to the sums of all rows and panels.
+/// Adds a block to the sums of all rows and panels. Eight groups a turn, so that the tiles and the slots
+/// of the ring that each uses are known when this is compiled.
 ///
 /// # Safety
 /// As [`multiply`]; the tiles are configured, and the panels' bytes are there.
@@ -383,106 +324,73 @@ unsafe fn tiles<F: Format>(
     totals: &mut [Total],
     ring: &mut Ring,
 ) {
-    let tiles = block.rows.len().div_ceil(TILE);
-    let mut walk = Walk { tiles, panels: block.panels, tile: 0, panel: 0 };
-    let mut pipeline = Pipeline::new(units * block.groups * products::<F>(), ring);
-    let sums = pipeline.ring;
-    let none = std::ptr::null();
-    let mut feed = Feed { block, walk, group: 0, level: 0, a: none, a_stride: 0, b: none };
-    for _ in 0..LAG {
-        // SAFETY: the caller's promise.
-        unsafe { pipeline.next::<F>(|| feed.next::<F>()) };
-    }
-    let x = block.x;
-    let mut used = 0;
-    for _ in 0..units {
-        let Walk { tile, panel, .. } = walk;
-        walk.step();
-        let (row, scales) = (block.rows.start + tile * TILE, &scales[panel]);
-        let xsums = x.sums[x.sum_at(row, block.block * 8)..].as_ptr();
-        let mut a = [_mm512_setzero_ps(); TILE];
-        for j in 0..block.groups {
-            for _ in 0..products::<F>() {
-                // SAFETY: the caller's promise.
-                unsafe { pipeline.next::<F>(|| feed.next::<F>()) };
-            }
-            let high = sums.wrapping_add(used % RING * 1024);
-            let low = sums.wrapping_add((used + 1) % RING * 1024);
-            used += products::<F>();
-            let min = if F::MINS { scales.m[j] } else { _mm512_setzero_ps() };
-            // SAFETY: slots of the ring, aligned; sums are kept for whole tiles of rows.
-            unsafe {
-                add::<F, TILE>(&mut a, scales.s[j], high, low, min, xsums.wrapping_add(j * TILE))
-            };
-        }
-        block.add_up(row, &a, &mut totals[tile * block.panels + panel]);
-    }
-}
-
-/// [`tiles`] of a block of [`GROUPS`]: all of a unit's places are known when this is compiled, and the
-/// unit after it is known when it begins.
-///
-/// # Safety
-/// As [`tiles`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn whole_block<F: Format>(
-    block: &Block<'_>,
-    units: usize,
-    scales: &[Scales],
-    totals: &mut [Total],
-    ring: &mut Ring,
-) {
-    let x = block.x;
-    let (levels, sums) = (products::<F>(), ring.start());
+    let (groups, levels) = (block.groups, products::<F>());
+    let lag = LAG / levels;
+    let sums = ring.start();
     let slot = |i: usize| sums.wrapping_add(i % RING * 1024);
-    let operands = |walk: Walk| {
-        let (a, stride) = x.tile(block.rows.start / TILE + walk.tile);
-        let a = a.wrapping_add(block.block * 8 * stride);
-        let b = block.bytes.wrapping_add(walk.panel * block.stride);
-        move |i: usize| {
-            let (group, level) = (i / levels, i % levels);
-            let a = a.wrapping_add(level_at::<F>(group, level, stride));
-            (a, b.wrapping_add(group * depth::<F>() * 64))
-        }
-    };
     let tiles = block.rows.len().div_ceil(TILE);
     let mut walk = Walk { tiles, panels: block.panels, tile: 0, panel: 0 };
-    let mut this = operands(walk);
-    for i in 0..LAG {
-        let (a, b) = this(i);
-        // SAFETY: the caller's promise; a slot of the ring.
-        unsafe { start::<F>(i % 4, a, b, slot(i + RING - 2)) };
-    }
-    for unit in 1..=units {
-        let Walk { tile, panel, .. } = walk;
-        walk.step();
-        let (more, next) = (unit < units, operands(walk));
-        let (row, scales) = (block.rows.start + tile * TILE, &scales[panel]);
-        let xsums = x.sums[x.sum_at(row, block.block * 8)..].as_ptr();
-        let mut a = [_mm512_setzero_ps(); TILE];
-        macro_rules! group {
-            ($j:literal) => {
-                for level in 0..levels {
-                    let i = $j * levels + level + LAG;
-                    let to = slot(i + RING - 2);
-                    let inside = i < GROUPS * levels;
-                    // SAFETY: the caller's promise; a slot of the ring.
-                    unsafe {
-                        if inside || more {
-                            let (a, b) = if inside { this(i) } else { next(i - GROUPS * levels) };
-                            start::<F>(i % 4, a, b, to);
-                        } else if i < GROUPS * levels + 2 {
-                            flush(i % 4, to);
-                        }
+    let (mut to_issue, mut to_add) = (units * groups, units);
+
+    // The products of the next group, the `i`-th of a turn; behind the last one only sums that are on
+    // their way are stored.
+    let mut ahead = walk;
+    let mut at = block.operands(ahead);
+    let mut group = 0;
+    macro_rules! issue {
+        ($i:expr) => {
+            let more = to_issue > 0;
+            for level in 0..levels {
+                let n = $i * levels + level;
+                let a = at.levels.wrapping_add(level_at::<F>(group, level, at.stride));
+                let b = at.weights.wrapping_add(group * depth::<F>() * 64);
+                // SAFETY: the tiles are configured, the operands exist, and the ring has the slot.
+                unsafe {
+                    match more {
+                        true => start::<F>(n % 4, a, b, slot(n + RING - 2)),
+                        false => flush(n % 4, slot(n + RING - 2)),
                     }
                 }
-                let (high, low) = (slot($j * levels), slot($j * levels + 1));
-                let min = if F::MINS { scales.m[$j] } else { _mm512_setzero_ps() };
-                let xsums = xsums.wrapping_add($j * TILE);
-                // SAFETY: slots of the ring, aligned; sums are kept for whole tiles of rows.
-                unsafe { add::<F, TILE>(&mut a, scales.s[$j], high, low, min, xsums) };
-            };
-        }
+            }
+            if more {
+                to_issue -= 1;
+                group += 1;
+                if group == groups {
+                    ahead.step();
+                    (group, at) = (0, block.operands(ahead));
+                }
+            }
+        };
+    }
+    for i in 0..lag {
+        issue!(i);
+    }
+
+    let mut a = [_mm512_setzero_ps(); TILE];
+    let mut xsums = block.sums(walk.tile);
+    let mut scale = &scales[walk.panel];
+    let mut done = 0;
+    macro_rules! group {
+        ($i:literal) => {
+            issue!($i + lag);
+            let (high, low) = (slot($i * levels), slot($i * levels + 1));
+            let (s, min) = (scale.s[done], scale.m[done % 8]);
+            // SAFETY: slots of the ring, aligned; sums are kept for whole tiles of rows.
+            unsafe { add::<F, TILE>(&mut a, s, high, low, min, xsums.wrapping_add(done * TILE)) };
+            done += 1;
+            if done == groups {
+                block.add_up(walk.tile, &a, &mut totals[walk.tile * block.panels + walk.panel]);
+                to_add -= 1;
+                if to_add == 0 {
+                    return;
+                }
+                walk.step();
+                (xsums, scale) = (block.sums(walk.tile), &scales[walk.panel]);
+                (a, done) = ([_mm512_setzero_ps(); TILE], 0);
+            }
+        };
+    }
+    loop {
         group!(0);
         group!(1);
         group!(2);
@@ -491,8 +399,6 @@ unsafe fn whole_block<F: Format>(
         group!(5);
         group!(6);
         group!(7);
-        block.add_up(row, &a, &mut totals[tile * block.panels + panel]);
-        this = next;
     }
 }
 
