@@ -1,8 +1,9 @@
 //! [`super::amx`]'s products of a single tile of rows, past which the panels stream.
 //!
 //! No panel meets a second tile, so a group is expanded just before its product, into one of a few
-//! places (Q8_0's groups are taken where they lie). They, the sums that the tile unit stores and the rows' levels share the nearest cache. Whole
-//! blocks, expanded first, drove each other out of it: eight and sixteen rows took half as long again.
+//! places (Q8_0's groups are taken where they lie). They, the sums that the tile unit stores and the
+//! rows' levels share the nearest cache. Whole blocks, expanded first, drove each other out of it: eight
+//! and sixteen rows took half as long again.
 
 use super::activations::{Activations, TILE};
 use super::amx::{Scratch, Total, expand};

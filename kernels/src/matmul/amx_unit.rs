@@ -14,6 +14,7 @@ use std::arch::asm;
 pub(super) const LAG: usize = 6;
 /// Tiles of sums that are kept.
 pub(super) const RING: usize = 8;
+
 /// `ldtilecfg`'s operand.
 #[repr(C, align(64))]
 pub(super) struct TileConfig {
