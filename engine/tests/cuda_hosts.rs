@@ -247,7 +247,8 @@ fn who_waits_for_a_process_that_stalls_is_freed() {
         }
         let (code, said) = follower.ended();
         assert_eq!(code, Some(LOST), "{said}");
-        assert!(said.contains("followed: tensor-parallel rank 0 was lost: its process has closed"));
+        let lost = "followed: tensor-parallel rank 0 was lost: its process has closed";
+        assert!(said.contains(lost), "stalled: {stalls}: {said}");
     }
 }
 

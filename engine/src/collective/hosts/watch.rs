@@ -156,18 +156,22 @@ fn shut(streams: &Mutex<Vec<TcpStream>>) {
     }
 }
 
-struct Watcher {
-    stream: TcpStream,
+struct Watcher<S> {
+    /// Its reads end after `interval`.
+    stream: S,
     silence_max: Duration,
     interval: Duration,
     leads: bool,
 }
 
-impl Watcher {
+impl<S: Read + Write> Watcher<S> {
     /// Runs until the other end is lost, and says why, or until the goodbye.
+    ///
+    /// Silence is counted in reads that found nothing, not by the clock: a process that was paused
+    /// itself has what was sent meanwhile still to read, whichever read the pause fell into.
     fn run(mut self, pulse: &Pulse) -> Option<String> {
-        let mut heard = Instant::now();
-        let mut due = heard;
+        let mut silent_reads = 0;
+        let mut due = Instant::now();
         loop {
             if self.leads && Instant::now() >= due && !pulse.is_over() {
                 due = Instant::now() + self.interval;
@@ -180,7 +184,7 @@ impl Watcher {
                 Ok(0) if pulse.is_over() => return None,
                 Ok(0) => return Some(said(&io::ErrorKind::UnexpectedEof.into())),
                 Ok(_) => {
-                    heard = Instant::now();
+                    silent_reads = 0;
                     match (word[0], self.leads) {
                         (PONG, true) => {}
                         (PING, false) => {
@@ -195,12 +199,11 @@ impl Watcher {
                         _ => return Some("it sent what is no pulse".to_owned()),
                     }
                 }
-                // This process was paused: what was sent meanwhile is read first.
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if is_timeout(&error) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if is_timeout(&error) => silent_reads += 1,
                 Err(error) => return (!pulse.is_over()).then(|| said(&error)),
             }
-            if heard.elapsed() >= self.silence_max {
+            if silent_reads >= PINGS {
                 let silent = format!("its process was silent for {:?}", self.silence_max);
                 return (!pulse.is_over()).then_some(silent);
             }
@@ -269,6 +272,52 @@ mod tests {
         watching.join().expect("ends");
         let lost = pulse.lost().expect("was lost").to_string();
         assert!(lost.contains("rank 3") && lost.contains("silent for 500ms"), "{lost}");
+    }
+
+    /// Gives what it is told, one word a read, and then ends. Nothing to read is found at leisure.
+    struct Script(std::vec::IntoIter<Option<u8>>);
+
+    impl Read for Script {
+        fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+            match self.0.next() {
+                Some(Some(word)) => {
+                    out[0] = word;
+                    Ok(1)
+                }
+                Some(None) => {
+                    std::thread::sleep(Duration::from_millis(2));
+                    Err(io::ErrorKind::WouldBlock.into())
+                }
+                None => Ok(0),
+            }
+        }
+    }
+
+    impl Write for Script {
+        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+            Ok(data.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_pause_of_its_own_is_nobodys_silence() {
+        let nothing = |reads: usize| vec![None; reads];
+        let heard = |words: Vec<Option<u8>>| {
+            let (silence_max, interval) = (Duration::from_millis(1), Duration::ZERO);
+            let stream = Script(words.into_iter());
+            Watcher { stream, silence_max, interval, leads: false }.run(&Pulse::default())
+        };
+        let few = || nothing(PINGS as usize - 1);
+        let (closed, ping) = (said(&io::ErrorKind::UnexpectedEof.into()), vec![Some(PING)]);
+        // Each read that finds nothing is longer than the silence that is allowed.
+        assert_eq!(heard(few()), Some(closed.clone()));
+        assert_eq!(heard([few(), ping.clone(), few()].concat()), Some(closed));
+        let silent = heard([ping, nothing(PINGS as usize)].concat()).expect("lost");
+        assert_eq!(silent, "its process was silent for 1ms");
     }
 
     #[test]
