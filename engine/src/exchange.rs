@@ -11,17 +11,19 @@
 //! pages only, for the first request that goes on behind it. What it holds is only a hint: an engine
 //! that needs the room takes it.
 //!
-//! Pages are copied on the engine's thread, between steps, few at a time while requests run.
+//! Pages are copied between steps, few at a time while requests run. While the engine's thread sleeps,
+//! whoever asks for a copy makes it: on the processor that has the page's other side in its caches.
 
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::core::pages::{Page, PageId, PageTable};
 use crate::core::prefix::{NodeId, ROOT};
 use crate::executor::TokenId;
-use crate::runner::Command;
+use crate::runner::{Command, Runner};
 
 static SERIALS: AtomicU64 = AtomicU64::new(0);
 
@@ -80,9 +82,9 @@ pub(crate) struct ExportLog(watch::Sender<ExportView>);
 
 impl ExportLog {
     /// Both ends. `copies` is how pages are read.
-    pub(crate) fn new(copies: mpsc::Sender<Copy>, wake: Wake) -> (Self, Export) {
+    pub(crate) fn new(copies: CopyQueue) -> (Self, Export) {
         let (sender, view) = watch::channel(ExportView::default());
-        (Self(sender), Export { view, copies, wake })
+        (Self(sender), Export { view, copies })
     }
 
     /// Whether nobody follows any more.
@@ -145,8 +147,7 @@ impl ExportLog {
 #[derive(Clone, Debug)]
 pub struct Export {
     view: watch::Receiver<ExportView>,
-    copies: mpsc::Sender<Copy>,
-    wake: Wake,
+    copies: CopyQueue,
 }
 
 impl Export {
@@ -180,8 +181,7 @@ impl Export {
     pub async fn read(&self, page: Arc<ExportedPage>, buffer: Vec<u8>) -> Reading {
         let (reply, answer) = oneshot::channel();
         // An engine that is gone drops the reply.
-        let _ = self.copies.send(Copy::Read { page, buffer, reply }).await;
-        self.wake.wake();
+        let _ = self.copies.ask(Copy::Read { page, buffer, reply }).await;
         Reading(answer)
     }
 }
@@ -191,6 +191,12 @@ impl Export {
 pub struct Reading(oneshot::Receiver<Option<Vec<u8>>>);
 
 impl Reading {
+    /// Whether it is there already.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        !self.0.is_empty()
+    }
+
     /// Its bytes. `None`: the page was taken back, or the engine is gone.
     pub async fn done(self) -> Option<Vec<u8>> {
         self.0.await.ok()?
@@ -221,14 +227,13 @@ pub enum ImportError {
 #[derive(Debug)]
 pub struct Import {
     id: u64,
-    copies: mpsc::Sender<Copy>,
-    wake: Wake,
+    copies: CopyQueue,
     dropped: Arc<AtomicBool>,
 }
 
 impl Import {
-    pub(crate) fn new(id: u64, copies: mpsc::Sender<Copy>, wake: Wake) -> Self {
-        Self { id, copies, wake, dropped: Arc::default() }
+    pub(crate) fn new(id: u64, copies: CopyQueue) -> Self {
+        Self { id, copies, dropped: Arc::default() }
     }
 
     /// Writes page `index` (0 holds the first positions), which is the KV of `tokens` behind the
@@ -246,9 +251,8 @@ impl Import {
         let (reply, answer) = oneshot::channel();
         let dropped = Arc::clone(&self.dropped);
         let page = IncomingPage { import: self.id, dropped, index, tokens, data };
-        let sent = self.copies.send(Copy::Write { page: Box::new(page), reply }).await;
-        sent.map_err(|_| ImportError::Stopped)?;
-        self.wake.wake();
+        let asked = self.copies.ask(Copy::Write { page: Box::new(page), reply }).await;
+        asked.map_err(|_| ImportError::Stopped)?;
         Ok(Writing(answer))
     }
 }
@@ -258,6 +262,12 @@ impl Import {
 pub struct Writing(oneshot::Receiver<Result<Vec<u8>, ImportError>>);
 
 impl Writing {
+    /// Whether nobody would have to wait for it.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        !self.0.is_empty()
+    }
+
     /// Waits until it is in the cache, and gives its buffer back, once. Cancel safe.
     ///
     /// # Errors
@@ -270,7 +280,7 @@ impl Writing {
 impl Drop for Import {
     fn drop(&mut self) {
         self.dropped.store(true, Ordering::Release);
-        self.wake.wake();
+        self.copies.wake();
     }
 }
 
@@ -292,14 +302,35 @@ pub(crate) enum Copy {
     Write { page: Box<IncomingPage>, reply: oneshot::Sender<Result<Vec<u8>, ImportError>> },
 }
 
-/// Wakes the engine's thread where it sleeps.
+/// Where an engine is asked for copies.
 #[derive(Clone, Debug)]
-pub(crate) struct Wake(pub(crate) mpsc::Sender<Command>);
+pub(crate) struct CopyQueue {
+    pub(crate) copies: mpsc::Sender<Copy>,
+    pub(crate) inbox: mpsc::Sender<Command>,
+    pub(crate) runner: Weak<Mutex<Runner>>,
+}
 
-impl Wake {
+impl CopyQueue {
+    /// Asks for a copy, which is made at once if the engine's thread sleeps.
+    async fn ask(&self, copy: Copy) -> Result<(), mpsc::error::SendError<Copy>> {
+        self.copies.send(copy).await?;
+        if !self.copied_at_once() {
+            self.wake();
+        }
+        Ok(())
+    }
+
+    fn copied_at_once(&self) -> bool {
+        let Some(runner) = self.runner.upgrade() else { return false };
+        // The thread that is woken finds the lock poisoned by a panic, and ends.
+        let copy = || runner.try_lock().is_ok_and(|mut runner| runner.copy_if_idle());
+        catch_unwind(AssertUnwindSafe(copy)).unwrap_or(false)
+    }
+
+    /// Wakes the engine's thread where it sleeps.
     fn wake(&self) {
         // With a full inbox the thread is awake.
-        let _ = self.0.try_send(Command::Wake);
+        let _ = self.inbox.try_send(Command::Wake);
     }
 }
 
@@ -348,7 +379,7 @@ mod tests {
     fn log() -> (ExportLog, Export) {
         let (copies, _) = mpsc::channel(1);
         let (inbox, _) = mpsc::channel(1);
-        ExportLog::new(copies, Wake(inbox))
+        ExportLog::new(CopyQueue { copies, inbox, runner: Weak::new() })
     }
 
     fn serials(export: &mut Export) -> Vec<u64> {

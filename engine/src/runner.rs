@@ -1,6 +1,7 @@
-//! A thread that owns the engine, and the handles that talk to it.
+//! A thread that runs the engine, and the handles that talk to it.
 //!
-//! The thread drains its inbox between steps and sleeps when there is nothing to do. Every queue is
+//! The thread drains its inbox between steps and sleeps when there is nothing to do; then whoever wants
+//! pages copied uses the engine instead. Every queue is
 //! bounded: the inbox by its capacity, the requests by the slots, a request's events by how many it
 //! can ever cause. Dropping a [`Generation`] aborts it: its slot and pages are free at the next step
 //! boundary.
@@ -8,7 +9,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -18,7 +19,7 @@ use crate::collective::hosts::Pulse;
 use crate::core::pages::PagePool;
 use crate::core::scheduler::SequenceId;
 use crate::core::sequence::{Event, Request};
-use crate::exchange::{Copy, Export, ExportLog, Import, Wake};
+use crate::exchange::{Copy, CopyQueue, Export, ExportLog, Import};
 use crate::executor::{Executor, ExecutorError, KvFormat, Limits, TokenId};
 use crate::step::{Counters, Engine};
 
@@ -134,7 +135,7 @@ struct Shared {
 #[derive(Clone)]
 pub struct EngineHandle {
     inbox: mpsc::Sender<Command>,
-    copies: mpsc::Sender<Copy>,
+    copies: CopyQueue,
     shared: Arc<Shared>,
 }
 
@@ -145,10 +146,10 @@ impl EngineHandle {
     /// If the system cannot start a thread.
     #[must_use]
     pub fn start(executor: Box<dyn Executor>, options: EngineOptions) -> Self {
-        let (handle, runner) = Self::with_runner(executor, options);
+        let (handle, driver) = Self::with_driver(executor, options, false);
         std::thread::Builder::new()
             .name("engine".into())
-            .spawn(move || runner.run())
+            .spawn(move || driver.run())
             .expect("the system can start a thread");
         handle
     }
@@ -164,14 +165,17 @@ impl EngineHandle {
         P: FnMut() -> F + Send,
         F: Future<Output = ()> + Send,
     {
-        let (handle, mut runner) = Self::with_runner(executor, options);
-        runner.paced = true;
-        (handle, runner.run_paced(pace))
+        let (handle, driver) = Self::with_driver(executor, options, true);
+        (handle, driver.run_paced(pace))
     }
 
-    fn with_runner(executor: Box<dyn Executor>, options: EngineOptions) -> (Self, Runner) {
+    fn with_driver(
+        executor: Box<dyn Executor>,
+        options: EngineOptions,
+        paced: bool,
+    ) -> (Self, Driver) {
         let (inbox, commands) = mpsc::channel(options.inbox.max(1));
-        let (copies, pages) = mpsc::channel(COPY_QUEUE);
+        let (copies, copies_asked) = mpsc::channel(COPY_QUEUE);
         let (limits, kv_format) = (executor.limits(), executor.kv_format());
         let mut engine = Engine::new(executor, options.step_tokens);
         engine.wait_for_drafts(options.wait_for_drafts);
@@ -192,16 +196,17 @@ impl EngineHandle {
         });
         let runner = Runner {
             engine,
-            commands,
-            copies: pages,
+            copies: copies_asked,
             clients: BTreeMap::new(),
             tickets: HashMap::new(),
             prefill_tokens_per_second: 0,
             working_since: None,
-            paced: false,
+            paced,
             shared: Arc::clone(&shared),
         };
-        (Self { inbox, copies, shared }, runner)
+        let runner = Arc::new(Mutex::new(runner));
+        let copies = CopyQueue { copies, inbox: inbox.clone(), runner: Arc::downgrade(&runner) };
+        (Self { inbox, copies, shared }, Driver { commands, runner })
     }
 
     /// The model's limits.
@@ -220,7 +225,7 @@ impl EngineHandle {
     #[must_use]
     pub fn import(&self) -> Import {
         let id = self.shared.tickets.fetch_add(1, Ordering::Relaxed);
-        Import::new(id, self.copies.clone(), Wake(self.inbox.clone()))
+        Import::new(id, self.copies.clone())
     }
 
     /// What the engine is doing; counters are those of the last step boundary.
@@ -315,7 +320,7 @@ impl EngineHandle {
 pub struct Generation {
     events: mpsc::Receiver<Event>,
     control: DraftSender,
-    copies: mpsc::Sender<Copy>,
+    copies: CopyQueue,
     aborted: Arc<AtomicBool>,
 }
 
@@ -336,8 +341,7 @@ impl Generation {
     /// # Errors
     /// [`SubmitError::Stopped`]
     pub async fn export(&self) -> Result<Export, SubmitError> {
-        let wake = Wake(self.control.inbox.clone());
-        let (log, mut export) = ExportLog::new(self.copies.clone(), wake);
+        let (log, mut export) = ExportLog::new(self.copies.clone());
         self.control.send(Command::Export(self.control.ticket, log)).await?;
         export.attached().await;
         Ok(export)
@@ -387,9 +391,70 @@ impl DraftSender {
     }
 }
 
-struct Runner {
-    engine: Engine,
+/// The engine's thread, or the future in its place.
+struct Driver {
     commands: mpsc::Receiver<Command>,
+    /// Others have it only while this sleeps.
+    runner: Arc<Mutex<Runner>>,
+}
+
+impl Driver {
+    fn run(mut self) {
+        loop {
+            if self.runner().is_idle() {
+                let Some(command) = self.commands.blocking_recv() else {
+                    return;
+                };
+                self.runner().apply(command);
+            }
+            if self.turn(None).is_break() {
+                return;
+            }
+        }
+    }
+
+    async fn run_paced<F: Future<Output = ()>>(mut self, mut pace: impl FnMut() -> F) {
+        loop {
+            if self.runner().is_idle() {
+                let Some(command) = self.commands.recv().await else {
+                    return;
+                };
+                self.runner().apply(command);
+            }
+            let started = Instant::now();
+            let works = self.runner().engine.has_work();
+            if works {
+                pace().await;
+            }
+            if self.turn(Some(started)).is_break() {
+                return;
+            }
+        }
+    }
+
+    fn runner(&self) -> MutexGuard<'_, Runner> {
+        self.runner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes what was asked, and runs a step if there is something to do. Breaks on a fatal error.
+    /// `started`: when the step began, if that was before now.
+    fn turn(&mut self, started: Option<Instant>) -> ControlFlow<()> {
+        if self.runner.is_poisoned() {
+            // Somebody's copy panicked: what it left is of no use.
+            return ControlFlow::Break(());
+        }
+        let mut runner = self.runner.lock().unwrap_or_else(PoisonError::into_inner);
+        // Not by `self.runner()`, which would borrow the commands too.
+        while let Ok(command) = self.commands.try_recv() {
+            runner.apply(command);
+        }
+        runner.turn(started)
+    }
+}
+
+/// The engine and its clients.
+pub(crate) struct Runner {
+    engine: Engine,
     copies: mpsc::Receiver<Copy>,
     clients: BTreeMap<SequenceId, (u64, Client)>,
     tickets: HashMap<u64, SequenceId>,
@@ -402,44 +467,13 @@ struct Runner {
 }
 
 impl Runner {
-    fn run(mut self) {
-        loop {
-            if !self.engine.has_work() && self.copies.is_empty() {
-                let Some(command) = self.commands.blocking_recv() else {
-                    return;
-                };
-                self.apply(command);
-            }
-            if self.turn(None).is_break() {
-                return;
-            }
-        }
+    /// Whether there is nothing to do until a command comes.
+    fn is_idle(&self) -> bool {
+        !self.engine.has_work() && self.copies.is_empty()
     }
 
-    async fn run_paced<F: Future<Output = ()>>(mut self, mut pace: impl FnMut() -> F) {
-        loop {
-            if !self.engine.has_work() && self.copies.is_empty() {
-                let Some(command) = self.commands.recv().await else {
-                    return;
-                };
-                self.apply(command);
-            }
-            let started = Instant::now();
-            if self.engine.has_work() {
-                pace().await;
-            }
-            if self.turn(Some(started)).is_break() {
-                return;
-            }
-        }
-    }
-
-    /// Takes what was asked, and runs a step if there is something to do. Breaks on a fatal error.
-    /// `started`: when the step began, if that was before now.
+    /// As [`Driver::turn`], once the commands are taken.
     fn turn(&mut self, started: Option<Instant>) -> ControlFlow<()> {
-        while let Ok(command) = self.commands.try_recv() {
-            self.apply(command);
-        }
         self.drop_aborted();
         self.copy_pages();
         if self.engine.has_work() {
@@ -474,6 +508,16 @@ impl Runner {
             std::thread::sleep(STARVED_PAUSE);
         }
         result
+    }
+
+    /// Copies the pages that were asked for, unless the engine has other work. It takes long, and so is
+    /// the engine's own thread's, where parts of pages are in other processes.
+    pub(crate) fn copy_if_idle(&mut self) -> bool {
+        let may = self.shared.pulse.is_none() && !self.engine.has_work();
+        if may {
+            self.copy_pages();
+        }
+        may
     }
 
     /// Copies pages that leave or come in; few of them while requests wait for their next step.

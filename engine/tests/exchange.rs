@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{fixtures, load};
+use headstart_engine::core::pages::PageId;
 use headstart_engine::executor::cpu::{CpuExecutor, CpuOptions};
 use headstart_engine::executor::fake::{FakeExecutor, FakeOptions};
+use headstart_engine::executor::{ExecutorError, Found, Row};
 use headstart_engine::model::WeightDtype;
 use headstart_engine::{
     DraftPolicy, EngineHandle, EngineOptions, Event, Executor, Export, Generation, Import,
-    ImportError, Limits, Request, Sampling, TokenId,
+    ImportError, KvFormat, Limits, Request, Sampling, TokenId,
 };
 
 fn start(executor: impl Executor + 'static) -> EngineHandle {
@@ -96,6 +98,66 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     panic!("never: {what}");
+}
+
+/// A page of zeros, the KV of tokens that count from `first`.
+fn page(engine: &EngineHandle, first: TokenId) -> (Vec<TokenId>, Vec<u8>) {
+    let format = engine.kv_format().expect("pages can come in");
+    let tokens = (first..).take(format.layout.page_size).collect();
+    (tokens, vec![0; format.layout.page_bytes()])
+}
+
+#[tokio::test]
+async fn who_wants_a_page_copied_copies_it_while_the_engine_sleeps() {
+    let executor = Box::new(FakeExecutor::new(FakeOptions::default()));
+    let (engine, runs) =
+        EngineHandle::start_paced(executor, EngineOptions::default(), std::future::pending::<()>);
+    let mut runs = std::pin::pin!(runs);
+    let import = engine.import();
+    // Nobody has run the engine yet.
+    let (tokens, data) = page(&engine, 0);
+    let mut first = import.write(0, tokens, data).await.expect("asked");
+    assert!(first.is_done());
+    first.done().await.expect("written");
+    assert_eq!(engine.stats().kv_tokens_used, engine.limits().page_size);
+
+    let _generation = engine.submit(request(vec![1], 4)).expect("a slot");
+    let step = tokio::time::timeout(Duration::from_millis(1), &mut runs).await;
+    assert!(step.is_err(), "it has a step to run, for ever");
+    let (tokens, data) = page(&engine, 50);
+    let second = import.write(1, tokens, data).await.expect("asked");
+    assert!(!second.is_done());
+}
+
+/// Pages cannot be written without a panic.
+struct Panics(FakeExecutor);
+
+impl Executor for Panics {
+    fn limits(&self) -> Limits {
+        self.0.limits()
+    }
+
+    fn execute(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<Found>>, ExecutorError> {
+        self.0.execute(rows)
+    }
+
+    fn kv_format(&self) -> Option<KvFormat> {
+        self.0.kv_format()
+    }
+
+    fn write_page(&mut self, _: PageId, _: &[u8]) -> Result<(), ExecutorError> {
+        panic!("this one does");
+    }
+}
+
+#[tokio::test]
+async fn a_copy_that_panics_ends_the_engine_and_nobody_else() {
+    let engine = start(Panics(FakeExecutor::new(FakeOptions::default())));
+    let import = engine.import();
+    let (tokens, data) = page(&engine, 0);
+    let mut writing = import.write(0, tokens, data).await.expect("asked");
+    assert_eq!(writing.done().await, Err(ImportError::Stopped));
+    until("the engine has ended", || engine.failure().is_some()).await;
 }
 
 /// An answer that begins in `from` and goes on in `to` is that of one engine alone, and `to`

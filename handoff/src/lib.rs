@@ -19,11 +19,22 @@ pub mod wire;
 
 use std::time::Duration;
 
+use headstart_engine::KvLayout;
 pub use lease::{Leases, Offer};
 pub use receiver::{Progress, PullError, Source, pull};
 pub use sender::serve;
 pub use transport::{InMemory, KvStream, KvTransport, Tcp};
 pub use wire::{Refusal, RefusalCode};
+
+/// Bytes of pages under way between a connection and its engine, which copies about as many between two
+/// steps.
+const BYTES_UNDER_WAY: usize = 4 << 20;
+
+/// Pages under way between a connection and its engine, at most.
+fn pages_under_way(layout: &KvLayout) -> usize {
+    // One is sent or comes, the next is copied, and one has some slack.
+    (BYTES_UNDER_WAY / layout.page_bytes().max(1)).clamp(3, 64)
+}
 
 /// How long either side waits for the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,13 +9,10 @@ use tokio::io::{AsyncRead, BufReader};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::Times;
 use crate::layout::{RelaidPage, Relay};
 use crate::transport::KvTransport;
 use crate::wire::{self, Hello, ReceiverFrame, Refusal, SenderFrame, WireError};
-
-/// Pages on their way into the engine, at most.
-const WRITE_BEHIND: usize = 3;
+use crate::{Times, pages_under_way};
 
 /// Bytes that are read ahead of a frame.
 const HEAD_BYTES: usize = 4 << 10;
@@ -221,18 +218,20 @@ impl Taken<'_> {
     }
 
     async fn write(&mut self, page: RelaidPage) -> Result<(), PullError> {
-        self.settle(WRITE_BEHIND - 1).await?;
-        let tokens = page.index * self.pull.format.layout.page_size + page.tokens.len();
+        let layout = &self.pull.format.layout;
+        let tokens = page.index * layout.page_size + page.tokens.len();
         let writing = self.pull.import.write(page.index, page.tokens, page.data).await?;
         self.writing.push_back((writing, tokens));
-        Ok(())
+        self.settle(pages_under_way(layout) - 1).await
     }
 
-    /// Waits until no more than `left` pages are on their way. Cancel safe.
+    /// Waits until no more than `left` pages are on their way, and takes the buffers of those that have
+    /// arrived. Cancel safe.
     async fn settle(&mut self, left: usize) -> Result<(), PullError> {
         while self.writing.len() > left
-            && let Some((writing, tokens)) = self.writing.front_mut()
+            || self.writing.front().is_some_and(|(writing, _)| writing.is_done())
         {
+            let Some((writing, tokens)) = self.writing.front_mut() else { return Ok(()) };
             let tokens = *tokens;
             let buffer = timeout(self.pull.times.stall, writing.done()).await;
             self.writing.pop_front();

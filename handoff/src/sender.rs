@@ -3,20 +3,17 @@
 use std::collections::VecDeque;
 use std::future::Future;
 
-use headstart_engine::{Export, ExportView, KvFormat, Reading};
+use headstart_engine::{Export, ExportView, KvFormat, KvLayout, Reading};
 use tokio::io::{AsyncRead, AsyncWrite, ReadHalf, WriteHalf};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::Times;
 use crate::layout::compatible;
 use crate::lease::Leases;
 use crate::transport::KvStream;
 use crate::wire::{
     self, Hello, ReceiverFrame, Refusal, RefusalCode, SenderFrame, WireError, write_control,
 };
-
-/// Pages of one connection that the engine is asked for ahead.
-const READ_AHEAD: usize = 3;
+use crate::{Times, pages_under_way};
 
 /// How a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -84,8 +81,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Fn(usize)> Connection<S, P> {
         };
         self.control(SenderFrame::Accept(format)).await?;
         let fence = reader.fence.clone();
-        let page_size = format.layout.page_size;
-        let following = self.follow(reader.export.clone(), page_size);
+        let following = self.follow(reader.export.clone(), &format.layout);
         tokio::select! {
             biased;
             () = fence.cancelled() => {
@@ -112,7 +108,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Fn(usize)> Connection<S, P> {
     }
 
     /// Sends pages as they are computed, up to the end, and waits until all are taken.
-    async fn follow(&mut self, mut export: Export, page_size: usize) -> Result<(), ServeError> {
+    async fn follow(&mut self, mut export: Export, layout: &KvLayout) -> Result<(), ServeError> {
         // The serials of the pages that the receiver has.
         let mut has: Vec<u64> = Vec::new();
         let mut alive = Instant::now() + self.times.alive;
@@ -127,7 +123,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Fn(usize)> Connection<S, P> {
                     return Err(gone());
                 }
                 withheld = Some(next.serial());
-                self.send_pages(&export, &view, page_size, &mut has).await?;
+                self.send_pages(&export, &view, layout, &mut has).await?;
                 alive = Instant::now() + self.times.alive;
                 continue;
             }
@@ -156,14 +152,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Fn(usize)> Connection<S, P> {
         &mut self,
         export: &Export,
         view: &ExportView,
-        page_size: usize,
+        layout: &KvLayout,
         has: &mut Vec<u64>,
     ) -> Result<(), ServeError> {
         let mut reading: VecDeque<Reading> = VecDeque::new();
         let mut spare: Vec<Vec<u8>> = Vec::new();
-        let mut next = has.len();
+        let (mut next, ahead) = (has.len(), pages_under_way(layout));
         loop {
-            while reading.len() < READ_AHEAD
+            // One that is there is enough; an engine that computes copies what was asked between steps.
+            while reading.len() < ahead
+                && !reading.back().is_some_and(Reading::is_done)
                 && let Some(page) = view.pages.get(next)
             {
                 let buffer = spare.pop().unwrap_or_default();
@@ -173,7 +171,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Fn(usize)> Connection<S, P> {
             let Some(first) = reading.pop_front() else { return Ok(()) };
             let Some(data) = first.done().await else { return Ok(()) };
             let page = &view.pages[has.len()];
-            let position = has.len() * page_size;
+            let position = has.len() * layout.page_size;
             let written = wire::write_page(&mut self.write, position, page.tokens(), &data);
             in_time(written, self.times).await?;
             (self.on_page)(data.len());
