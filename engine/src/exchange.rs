@@ -177,12 +177,28 @@ impl Export {
         }
     }
 
-    /// Has a page copied into `buffer`, which is resized to fit.
+    /// Has a page copied into `buffer`, which is resized to fit. Waits while others ask for too much.
     pub async fn read(&self, page: Arc<ExportedPage>, buffer: Vec<u8>) -> Reading {
         let (reply, answer) = oneshot::channel();
         // An engine that is gone drops the reply.
         let _ = self.copies.ask(Copy::Read { page, buffer, reply }).await;
         Reading(answer)
+    }
+
+    /// As [`Self::read`] while an engine computes, unless it would have to wait: then `None`.
+    #[must_use]
+    pub fn read_later(&self, page: Arc<ExportedPage>, buffer: Vec<u8>) -> Option<Reading> {
+        let (reply, answer) = oneshot::channel();
+        let asked = self.copies.copies.try_send(Copy::Read { page, buffer, reply });
+        self.copies.wake();
+        asked.is_ok().then_some(Reading(answer))
+    }
+
+    /// Whether the engine has nothing to do: it copies at once what is asked, and needs not be asked
+    /// ahead.
+    #[must_use]
+    pub fn engine_sleeps(&self) -> bool {
+        self.copies.asleep.load(Ordering::Acquire)
     }
 }
 
@@ -191,12 +207,6 @@ impl Export {
 pub struct Reading(oneshot::Receiver<Option<Vec<u8>>>);
 
 impl Reading {
-    /// Whether it is there already.
-    #[must_use]
-    pub fn is_done(&self) -> bool {
-        !self.0.is_empty()
-    }
-
     /// Its bytes. `None`: the page was taken back, or the engine is gone.
     pub async fn done(self) -> Option<Vec<u8>> {
         self.0.await.ok()?
@@ -262,7 +272,7 @@ impl Import {
 pub struct Writing(oneshot::Receiver<Result<Vec<u8>, ImportError>>);
 
 impl Writing {
-    /// Whether nobody would have to wait for it.
+    /// Whether its result is there.
     #[must_use]
     pub fn is_done(&self) -> bool {
         !self.0.is_empty()
@@ -307,6 +317,9 @@ pub(crate) enum Copy {
 pub(crate) struct CopyQueue {
     pub(crate) copies: mpsc::Sender<Copy>,
     pub(crate) inbox: mpsc::Sender<Command>,
+    /// The engine's thread waits for a command.
+    pub(crate) asleep: Arc<AtomicBool>,
+    /// Used here only while it does.
     pub(crate) runner: Weak<Mutex<Runner>>,
 }
 
@@ -320,11 +333,15 @@ impl CopyQueue {
         Ok(())
     }
 
+    /// A thread that has just been woken waits for one such call at most: the next one sees it awake.
     fn copied_at_once(&self) -> bool {
-        let Some(runner) = self.runner.upgrade() else { return false };
+        let copy = || {
+            let runner = self.runner.upgrade()?;
+            let mut runner = runner.try_lock().ok()?;
+            self.asleep.load(Ordering::Acquire).then(|| runner.copy_while_asleep())
+        };
         // The thread that is woken finds the lock poisoned by a panic, and ends.
-        let copy = || runner.try_lock().is_ok_and(|mut runner| runner.copy_if_idle());
-        catch_unwind(AssertUnwindSafe(copy)).unwrap_or(false)
+        catch_unwind(AssertUnwindSafe(copy)).ok().flatten().unwrap_or(false)
     }
 
     /// Wakes the engine's thread where it sleeps.
@@ -379,7 +396,7 @@ mod tests {
     fn log() -> (ExportLog, Export) {
         let (copies, _) = mpsc::channel(1);
         let (inbox, _) = mpsc::channel(1);
-        ExportLog::new(CopyQueue { copies, inbox, runner: Weak::new() })
+        ExportLog::new(CopyQueue { copies, inbox, asleep: Arc::default(), runner: Weak::new() })
     }
 
     fn serials(export: &mut Export) -> Vec<u64> {

@@ -1,9 +1,8 @@
 //! A thread that runs the engine, and the handles that talk to it.
 //!
 //! The thread drains its inbox between steps and sleeps when there is nothing to do; then whoever wants
-//! pages copied uses the engine instead. Every queue is
-//! bounded: the inbox by its capacity, the requests by the slots, a request's events by how many it
-//! can ever cause. Dropping a [`Generation`] aborts it: its slot and pages are free at the next step
+//! pages copied uses the engine instead. Every queue is bounded: the inbox by its capacity, the requests
+//! by the slots, a request's events by how many it can ever cause. Dropping a [`Generation`] aborts it: its slot and pages are free at the next step
 //! boundary.
 
 use std::collections::{BTreeMap, HashMap};
@@ -205,8 +204,14 @@ impl EngineHandle {
             shared: Arc::clone(&shared),
         };
         let runner = Arc::new(Mutex::new(runner));
-        let copies = CopyQueue { copies, inbox: inbox.clone(), runner: Arc::downgrade(&runner) };
-        (Self { inbox, copies, shared }, Driver { commands, runner })
+        let asleep = Arc::new(AtomicBool::new(true));
+        let copies = CopyQueue {
+            copies,
+            inbox: inbox.clone(),
+            asleep: Arc::clone(&asleep),
+            runner: Arc::downgrade(&runner),
+        };
+        (Self { inbox, copies, shared }, Driver { runner, asleep, commands })
     }
 
     /// The model's limits.
@@ -393,19 +398,21 @@ impl DraftSender {
 
 /// The engine's thread, or the future in its place.
 struct Driver {
-    commands: mpsc::Receiver<Command>,
-    /// Others have it only while this sleeps.
+    /// Others use it only while this is asleep.
     runner: Arc<Mutex<Runner>>,
+    asleep: Arc<AtomicBool>,
+    /// Closed last: who sees it closed finds the engine gone.
+    commands: mpsc::Receiver<Command>,
 }
 
 impl Driver {
     fn run(mut self) {
         loop {
-            if self.runner().is_idle() {
+            if self.falls_asleep() {
                 let Some(command) = self.commands.blocking_recv() else {
                     return;
                 };
-                self.runner().apply(command);
+                self.wake_with(command);
             }
             if self.turn(None).is_break() {
                 return;
@@ -415,11 +422,11 @@ impl Driver {
 
     async fn run_paced<F: Future<Output = ()>>(mut self, mut pace: impl FnMut() -> F) {
         loop {
-            if self.runner().is_idle() {
+            if self.falls_asleep() {
                 let Some(command) = self.commands.recv().await else {
                     return;
                 };
-                self.runner().apply(command);
+                self.wake_with(command);
             }
             let started = Instant::now();
             let works = self.runner().engine.has_work();
@@ -432,19 +439,29 @@ impl Driver {
         }
     }
 
+    /// A lock that a copy's panic has poisoned ends [`Self::turn`].
     fn runner(&self) -> MutexGuard<'_, Runner> {
         self.runner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether there is nothing to do until a command comes.
+    fn falls_asleep(&self) -> bool {
+        let runner = self.runner();
+        let idle = runner.is_idle();
+        self.asleep.store(idle, Ordering::Release);
+        idle
+    }
+
+    fn wake_with(&self, command: Command) {
+        self.asleep.store(false, Ordering::Release);
+        self.runner().apply(command);
     }
 
     /// Takes what was asked, and runs a step if there is something to do. Breaks on a fatal error.
     /// `started`: when the step began, if that was before now.
     fn turn(&mut self, started: Option<Instant>) -> ControlFlow<()> {
-        if self.runner.is_poisoned() {
-            // Somebody's copy panicked: what it left is of no use.
-            return ControlFlow::Break(());
-        }
-        let mut runner = self.runner.lock().unwrap_or_else(PoisonError::into_inner);
-        // Not by `self.runner()`, which would borrow the commands too.
+        // What a panic left is of no use.
+        let Ok(mut runner) = self.runner.lock() else { return ControlFlow::Break(()) };
         while let Ok(command) = self.commands.try_recv() {
             runner.apply(command);
         }
@@ -467,7 +484,6 @@ pub(crate) struct Runner {
 }
 
 impl Runner {
-    /// Whether there is nothing to do until a command comes.
     fn is_idle(&self) -> bool {
         !self.engine.has_work() && self.copies.is_empty()
     }
@@ -510,21 +526,20 @@ impl Runner {
         result
     }
 
-    /// Copies the pages that were asked for, unless the engine has other work. It takes long, and so is
-    /// the engine's own thread's, where parts of pages are in other processes.
-    pub(crate) fn copy_if_idle(&mut self) -> bool {
-        let may = self.shared.pulse.is_none() && !self.engine.has_work();
-        if may {
+    /// Copies pages that were asked for, and says whether that was all of them. Where parts of pages are
+    /// in other processes it takes long, and is left to the engine's own thread.
+    pub(crate) fn copy_while_asleep(&mut self) -> bool {
+        if self.shared.pulse.is_none() {
             self.copy_pages();
         }
-        may
+        self.copies.is_empty()
     }
 
-    /// Copies pages that leave or come in; few of them while requests wait for their next step.
+    /// Copies pages that leave or come in; few of them, since requests may wait for their next step.
     fn copy_pages(&mut self) {
         let mut bytes = 0;
         for _ in 0..COPY_QUEUE {
-            if bytes >= COPY_BYTES_A_STEP && self.engine.has_work() {
+            if bytes >= COPY_BYTES_A_STEP {
                 break;
             }
             let Ok(copy) = self.copies.try_recv() else { break };

@@ -20,6 +20,12 @@ fn start(executor: impl Executor + 'static) -> EngineHandle {
     EngineHandle::start(Box::new(executor), EngineOptions::default())
 }
 
+/// An engine that nobody has run yet, and what runs it up to a step, which lasts for ever.
+fn asleep(executor: impl Executor + 'static) -> (EngineHandle, impl Future<Output = ()>) {
+    let options = EngineOptions::default();
+    EngineHandle::start_paced(Box::new(executor), options, std::future::pending::<()>)
+}
+
 fn fake(options: FakeOptions) -> EngineHandle {
     start(FakeExecutor::new(options))
 }
@@ -109,12 +115,9 @@ fn page(engine: &EngineHandle, first: TokenId) -> (Vec<TokenId>, Vec<u8>) {
 
 #[tokio::test]
 async fn who_wants_a_page_copied_copies_it_while_the_engine_sleeps() {
-    let executor = Box::new(FakeExecutor::new(FakeOptions::default()));
-    let (engine, runs) =
-        EngineHandle::start_paced(executor, EngineOptions::default(), std::future::pending::<()>);
+    let (engine, runs) = asleep(FakeExecutor::new(FakeOptions::default()));
     let mut runs = std::pin::pin!(runs);
     let import = engine.import();
-    // Nobody has run the engine yet.
     let (tokens, data) = page(&engine, 0);
     let mut first = import.write(0, tokens, data).await.expect("asked");
     assert!(first.is_done());
@@ -152,12 +155,13 @@ impl Executor for Panics {
 
 #[tokio::test]
 async fn a_copy_that_panics_ends_the_engine_and_nobody_else() {
-    let engine = start(Panics(FakeExecutor::new(FakeOptions::default())));
+    let (engine, runs) = asleep(Panics(FakeExecutor::new(FakeOptions::default())));
     let import = engine.import();
     let (tokens, data) = page(&engine, 0);
     let mut writing = import.write(0, tokens, data).await.expect("asked");
     assert_eq!(writing.done().await, Err(ImportError::Stopped));
-    until("the engine has ended", || engine.failure().is_some()).await;
+    runs.await;
+    assert!(engine.failure().is_some());
 }
 
 /// An answer that begins in `from` and goes on in `to` is that of one engine alone, and `to`

@@ -32,8 +32,9 @@ const BYTES_UNDER_WAY: usize = 4 << 20;
 
 /// Pages under way between a connection and its engine, at most.
 fn pages_under_way(layout: &KvLayout) -> usize {
-    // One is sent or comes, the next is copied, and one has some slack.
-    (BYTES_UNDER_WAY / layout.page_bytes().max(1)).clamp(3, 64)
+    // One is sent or comes, the next is copied, and one has some slack; small ones are not to fill the
+    // engine's queue.
+    (BYTES_UNDER_WAY / layout.page_bytes().max(1)).clamp(3, 16)
 }
 
 /// How long either side waits for the other.

@@ -159,13 +159,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Fn(usize)> Connection<S, P> {
         let mut spare: Vec<Vec<u8>> = Vec::new();
         let (mut next, ahead) = (has.len(), pages_under_way(layout));
         loop {
-            // One that is there is enough; an engine that computes copies what was asked between steps.
-            while reading.len() < ahead
-                && !reading.back().is_some_and(Reading::is_done)
-                && let Some(page) = view.pages.get(next)
-            {
+            if reading.is_empty() {
+                let Some(page) = view.pages.get(next) else { return Ok(()) };
                 let buffer = spare.pop().unwrap_or_default();
                 reading.push_back(export.read(page.clone(), buffer).await);
+                next += 1;
+            }
+            // An engine that computes copies between two steps what was asked until then.
+            while reading.len() < ahead
+                && !export.engine_sleeps()
+                && let Some(page) = view.pages.get(next)
+                && let Some(read) = export.read_later(page.clone(), spare.pop().unwrap_or_default())
+            {
+                reading.push_back(read);
                 next += 1;
             }
             let Some(first) = reading.pop_front() else { return Ok(()) };
