@@ -189,9 +189,8 @@ impl Export {
     #[must_use]
     pub fn read_later(&self, page: Arc<ExportedPage>, buffer: Vec<u8>) -> Option<Reading> {
         let (reply, answer) = oneshot::channel();
-        let asked = self.copies.copies.try_send(Copy::Read { page, buffer, reply });
-        self.copies.wake();
-        asked.is_ok().then_some(Reading(answer))
+        let asked = self.copies.ask_later(Copy::Read { page, buffer, reply });
+        asked.then_some(Reading(answer))
     }
 
     /// Whether the engine has nothing to do: it copies at once what is asked, and needs not be asked
@@ -331,6 +330,13 @@ impl CopyQueue {
             self.wake();
         }
         Ok(())
+    }
+
+    /// Asks the engine's thread for a copy, unless the queue is full.
+    fn ask_later(&self, copy: Copy) -> bool {
+        let asked = self.copies.try_send(copy).is_ok();
+        self.wake();
+        asked
     }
 
     /// A thread that has just been woken waits for one such call at most: the next one sees it awake.

@@ -2,8 +2,8 @@
 //!
 //! The thread drains its inbox between steps and sleeps when there is nothing to do; then whoever wants
 //! pages copied uses the engine instead. Every queue is bounded: the inbox by its capacity, the requests
-//! by the slots, a request's events by how many it can ever cause. Dropping a [`Generation`] aborts it: its slot and pages are free at the next step
-//! boundary.
+//! by the slots, a request's events by how many it can ever cause. Dropping a [`Generation`] aborts it:
+//! its slot and pages are free at the next step boundary.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
