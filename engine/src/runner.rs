@@ -494,6 +494,8 @@ impl Runner {
         self.copy_pages();
         if self.engine.has_work() {
             let (events, result) = self.step(started.unwrap_or_else(Instant::now));
+            // Who hears of an event finds it counted.
+            self.publish();
             self.deliver(events);
             if let Err(error) = result {
                 tracing::error!(fatal = error.fatal, "a step failed: {error}");
@@ -503,7 +505,6 @@ impl Runner {
                 }
             }
         }
-        self.publish();
         ControlFlow::Continue(())
     }
 
@@ -615,7 +616,6 @@ impl Runner {
     /// Forgets a request: its pages are freed before its slot.
     fn drop_client(&mut self, id: SequenceId) {
         self.engine.remove(id);
-        self.publish();
         if let Some((ticket, _client)) = self.clients.remove(&id) {
             self.tickets.remove(&ticket);
         }
