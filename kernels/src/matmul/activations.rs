@@ -28,6 +28,8 @@ pub(super) struct Activations {
     pub(super) cols: usize,
     /// `[tile of 16 rows][group of 32][row]{ 32 hi, 32 lo }`; the last tile has fewer rows.
     levels: Buffer,
+    /// The same as `[tile of 16 rows][step of 64][hi, lo][row][input]`, if it was asked for.
+    wide: Buffer,
     /// Sum of the rounded inputs of each 16: `[row][cols / 16]`.
     pub(super) sums16: Vec<i32>,
     /// Sum of the rounded inputs of each 32: `[row][cols / 32]`.
@@ -44,6 +46,7 @@ impl Default for Activations {
             m: 0,
             cols: 0,
             levels: Buffer::new(0),
+            wide: Buffer::new(0),
             sums16: Vec::new(),
             sums32: Vec::new(),
             sums: Vec::new(),
@@ -53,12 +56,22 @@ impl Default for Activations {
 }
 
 impl Activations {
-    /// Rounds `x` (`[m][cols]`, `cols` a multiple of 32).
-    pub(super) fn prepare(&mut self, pool: &ThreadPool, x: &[f32], m: usize, cols: usize) {
+    /// Rounds `x` (`[m][cols]`, `cols` a multiple of 32, or of 64 if [`Self::wide_tile`] is wanted).
+    pub(super) fn prepare(
+        &mut self,
+        pool: &ThreadPool,
+        x: &[f32],
+        m: usize,
+        cols: usize,
+        wide: bool,
+    ) {
         (self.m, self.cols) = (m, cols);
         let (groups, blocks) = (cols / 32, cols.div_ceil(256));
         // The tile unit reads a last tile as if it were full.
         self.levels.reserve(m * cols * 2 + TILE * 64);
+        if wide {
+            self.wide.reserve(m * cols * 2 + TILE * 64);
+        }
         self.sums16.resize(m * groups * 2, 0);
         self.sums32.resize(m * groups, 0);
         let whole = m.next_multiple_of(TILE);
@@ -69,6 +82,7 @@ impl Activations {
         let sums32 = SendPtr(self.sums32.as_mut_ptr());
         let sums = SendPtr(self.sums.as_mut_ptr());
         let levels = SendPtr(self.levels.as_mut_ptr());
+        let wides = wide.then(|| SendPtr(self.wide.as_mut_ptr()));
         pool.run_chunks(&mut self.scale[..m * blocks], rows * blocks.max(1), &|i, scale| {
             for (j, scale) in scale.chunks_exact_mut(blocks).enumerate() {
                 let row = i * rows + j;
@@ -86,6 +100,9 @@ impl Activations {
                         sums32: std::slice::from_raw_parts_mut(sums32.at(row * groups), groups),
                         sums: SendPtr(sums.at(tile * groups * TILE + lane)),
                         levels: SendPtr(levels.at((tile * TILE * groups + lane) * 64)),
+                        wide: wides
+                            .as_ref()
+                            .map(|wide| SendPtr(wide.at((tile * TILE * groups + lane) * 64))),
                         stride: stride * 64,
                     }
                 };
@@ -108,6 +125,14 @@ impl Activations {
         (self.levels.bytes()[at..].as_ptr(), rows * 64)
     }
 
+    /// Where the levels of tile `tile` begin in steps of 64 inputs, and the bytes of one level of a step,
+    /// whose rows follow each other. Its low level comes next, and then the next step.
+    pub(super) fn wide_tile(&self, tile: usize) -> (*const u8, usize) {
+        let at = tile * TILE * (self.cols / 32) * 64;
+        let rows = (self.m - tile * TILE).min(TILE);
+        (self.wide.bytes()[at..].as_ptr(), rows * 64)
+    }
+
     /// The levels of a row's group of 32, high then low.
     pub(super) fn group(&self, row: usize, group: usize) -> &[u8] {
         let tile = row / TILE;
@@ -124,8 +149,21 @@ struct Row<'a> {
     /// [`TILE`] from group to group.
     sums: SendPtr<f32>,
     levels: SendPtr<u8>,
-    /// Bytes between the groups of `levels`.
+    wide: Option<SendPtr<u8>>,
+    /// Bytes between the groups of `levels`, and between the levels of `wide`.
     stride: usize,
+}
+
+impl Row<'_> {
+    /// Where the high levels of group `group` go in `wide`; the low ones are a stride on.
+    ///
+    /// # Safety
+    /// The row has the group.
+    #[inline(always)]
+    unsafe fn wide(&self, group: usize) -> Option<*mut u8> {
+        // SAFETY: inside the row's levels.
+        self.wide.as_ref().map(|w| unsafe { w.at(group / 2 * 2 * self.stride + group % 2 * 32) })
+    }
 }
 
 /// Rounds a row: AVX-512 where there is one, else what the compiler makes of the plain version.
@@ -174,7 +212,13 @@ fn round_body<const FMA: bool>(x: &[f32], out: &mut Row<'_>) {
                 levels[32 + i] = (q[i] - (high << HIGH_SHIFT)) as u8;
             }
             // SAFETY: the group is inside the row's levels, which only this call writes.
-            unsafe { out.levels.at(at * out.stride).cast::<[u8; 64]>().write(levels) };
+            unsafe {
+                out.levels.at(at * out.stride).cast::<[u8; 64]>().write(levels);
+                if let Some(to) = out.wide(at) {
+                    to.copy_from_nonoverlapping(levels.as_ptr(), 32);
+                    to.add(out.stride).copy_from_nonoverlapping(levels[32..].as_ptr(), 32);
+                }
+            }
             let low: i32 = q[..16].iter().sum();
             let high: i32 = q[16..].iter().sum();
             (out.sums16[2 * at], out.sums16[2 * at + 1]) = (low, high);
@@ -228,8 +272,13 @@ mod avx512 {
                         let high = _mm512_srai_epi32::<HIGH_SHIFT>(up);
                         let low = _mm512_sub_epi32(q, _mm512_slli_epi32::<HIGH_SHIFT>(high));
                         let to = out.levels.at(at * out.stride + i * 16);
-                        _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(high));
-                        _mm_storeu_si128(to.add(32).cast(), _mm512_cvtepi32_epi8(low));
+                        let (high, low) = (_mm512_cvtepi32_epi8(high), _mm512_cvtepi32_epi8(low));
+                        _mm_storeu_si128(to.cast(), high);
+                        _mm_storeu_si128(to.add(32).cast(), low);
+                        if let Some(to) = out.wide(at) {
+                            _mm_storeu_si128(to.add(i * 16).cast(), high);
+                            _mm_storeu_si128(to.add(i * 16 + out.stride).cast(), low);
+                        }
                         sum[i] = _mm512_reduce_add_epi32(q);
                     }
                 }
@@ -253,8 +302,9 @@ mod tests {
         for scale in [1e-40, 1e-3, 1.0, 1e30, f32::INFINITY] {
             let x = rng.floats(576, scale);
             let mut bytes = [vec![0u8; 1152], vec![0u8; 1152]];
+            let mut wides = bytes.clone();
             let mut facts = Vec::new();
-            for (plain, bytes) in bytes.iter_mut().enumerate() {
+            for (plain, (bytes, wide)) in bytes.iter_mut().zip(&mut wides).enumerate() {
                 let (mut scale, mut sums) = (vec![0.0; 3], vec![0.0; 18 * TILE]);
                 let (mut sums16, mut sums32) = (vec![0; 36], vec![0; 18]);
                 let mut row = Row {
@@ -263,6 +313,7 @@ mod tests {
                     sums32: &mut sums32,
                     sums: SendPtr(sums.as_mut_ptr()),
                     levels: SendPtr(bytes.as_mut_ptr()),
+                    wide: Some(SendPtr(wide.as_mut_ptr())),
                     stride: 64,
                 };
                 if plain == 1 {
@@ -274,6 +325,12 @@ mod tests {
                 facts.push((scale, sums, sums16, sums32));
             }
             assert_eq!(bytes[0], bytes[1]);
+            for (wides, groups) in wides[0].as_chunks::<128>().0.iter().zip(bytes[0].chunks(128)) {
+                let of =
+                    |at: usize| [&groups[at..at + 32], &groups[64 + at..64 + at + 32]].concat();
+                assert_eq!(wides[..], [of(0), of(32)].concat());
+            }
+            assert_eq!(wides[0], wides[1]);
             assert_eq!(facts[0], facts[1]);
         }
     }
@@ -286,7 +343,7 @@ mod tests {
         for (m, cols) in [(1, 32), (3, 256), (17, 576), (40, 288)] {
             let mut x = rng.floats(m * cols, 3.0);
             x[0] = -1000.0;
-            a.prepare(&pool, &x, m, cols);
+            a.prepare(&pool, &x, m, cols, false);
             for row in 0..m {
                 for g in 0..cols / 32 {
                     let scale = a.scale[row * cols.div_ceil(256) + g / 8];

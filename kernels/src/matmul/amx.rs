@@ -12,7 +12,8 @@ use super::activations::{Activations, TILE};
 use super::amx_add::add;
 use super::amx_one as one;
 use super::amx_unit::{LAG, RING, Ring, TileConfig, depth, flush, level_at, products, start};
-use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales};
+use super::amx_whole as whole;
+use super::formats::{Format, Q4_0, Q4_1, Q4K, Q8_0, Scales};
 use super::packed::{Geometry, Kind, QuantTiles};
 use super::{Out, PANEL};
 use crate::buffer::Buffer;
@@ -40,6 +41,10 @@ pub(super) struct Scratch {
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Total(pub(super) [[f32; PANEL]; TILE]);
+
+impl Total {
+    pub(super) const ZERO: Total = Total([[0.0; PANEL]; TILE]);
+}
 
 impl Default for Scratch {
     fn default() -> Self {
@@ -76,7 +81,7 @@ pub(super) unsafe fn multiply(
             Kind::Q4_0 => all::<Q4_0>(w, x, panels, rows, out),
             Kind::Q4_1 => all::<Q4_1>(w, x, panels, rows, out),
             Kind::Q4K => all::<Q4K>(w, x, panels, rows, out),
-            Kind::Q6K => all::<Q6K>(w, x, panels, rows, out),
+            Kind::Q6K => return whole::multiply(w, x, panels, rows, out),
         }
         TileConfig::release();
     }
@@ -115,17 +120,17 @@ unsafe fn all<F: Format>(
             let batch = first..(first + PANELS).min(panels.end);
             // What is left in them is overwritten by the first block.
             let totals = scratch.totals.len().max(tiles * batch.len());
-            scratch.totals.resize(totals, Total([[0.0; PANEL]; TILE]));
+            scratch.totals.resize(totals, Total::ZERO);
             // SAFETY: the tiles are configured; the caller's promises.
             unsafe {
                 blocks::<F>(w, x, scratch, &batch, &rows);
-                store(w, scratch, batch, &rows, out);
+                write(w, &scratch.totals, batch, &rows, out);
             }
         }
     });
 }
 
-/// Expands the group at `from` to bytes.
+/// Expands the group of nibbles at `from` to bytes.
 ///
 /// # Safety
 /// A group lies there, `to` has room for its vectors and is aligned to them; AVX-512.
@@ -137,15 +142,11 @@ pub(super) unsafe fn expand<F: Format>(from: *const u8, to: *mut u8) {
     unsafe {
         let q = F::quants(from);
         for (i, q) in q.iter().enumerate().take(F::VECTORS) {
+            // A stored value is below 16, so nothing crosses a byte.
+            let high = _mm512_sub_epi8(_mm512_slli_epi16::<4>(*q), offset(4));
+            _mm512_store_si512(to.add(i * 64).cast(), high);
             let weight = _mm512_sub_epi8(*q, offset(0));
-            if F::NIBBLES {
-                // A stored value is below 16, so nothing crosses a byte.
-                let high = _mm512_sub_epi8(_mm512_slli_epi16::<4>(*q), offset(4));
-                _mm512_store_si512(to.add(i * 64).cast(), high);
-                _mm512_store_si512(to.add((i + 8) * 64).cast(), weight);
-            } else {
-                _mm512_store_si512(to.add(i * 64).cast(), weight);
-            }
+            _mm512_store_si512(to.add((F::VECTORS + i) * 64).cast(), weight);
         }
     }
 }
@@ -342,7 +343,7 @@ unsafe fn tiles<F: Format>(
             let more = to_issue > 0;
             for level in 0..levels {
                 let n = $i * levels + level;
-                let a = at.levels.wrapping_add(level_at::<F>(group, level, at.stride));
+                let a = at.levels.wrapping_add(level_at(group, level, at.stride));
                 let b = at.weights.wrapping_add(group * depth::<F>() * 64);
                 // SAFETY: the tiles are configured, the operands exist, and the ring has the slot.
                 unsafe {
@@ -402,14 +403,14 @@ unsafe fn tiles<F: Format>(
     }
 }
 
-/// Writes the sums of some panels out.
+/// Writes the sums of some panels out, `[tile][panel]`.
 ///
 /// # Safety
 /// As [`multiply`].
 #[target_feature(enable = "avx512f")]
-unsafe fn store(
+pub(super) unsafe fn write(
     w: &QuantTiles,
-    scratch: &Scratch,
+    totals: &[Total],
     panels: Range<usize>,
     rows: &Range<usize>,
     out: Out,
@@ -417,7 +418,7 @@ unsafe fn store(
     // Row by row: neighbouring rows of the output are pages apart.
     for row in rows.clone() {
         let (tile, r) = ((row - rows.start) / TILE, (row - rows.start) % TILE);
-        let totals = &scratch.totals[tile * panels.len()..][..panels.len()];
+        let totals = &totals[tile * panels.len()..][..panels.len()];
         for (panel, total) in panels.clone().zip(totals) {
             // SAFETY: the row and the unmasked columns are in the output, and this task's alone.
             unsafe {

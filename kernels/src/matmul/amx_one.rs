@@ -143,7 +143,7 @@ pub(super) unsafe fn multiply<F: Format, const R: usize>(
             let b = if F::SIGNED && more { ahead.take::<F>() } else { place($i).cast_const() };
             for level in 0..levels {
                 let n = $i * levels + level;
-                let a = levels_at.wrapping_add(level_at::<F>(group, level, stride));
+                let a = levels_at.wrapping_add(level_at(group, level, stride));
                 // SAFETY: the tiles are configured, the group is expanded, and the ring has the slot.
                 unsafe {
                     match more {
@@ -167,7 +167,7 @@ pub(super) unsafe fn multiply<F: Format, const R: usize>(
     }
 
     let mut at = Cursor::new(w, x, rows, panels.start);
-    let mut total = Total([[0.0; PANEL]; TILE]);
+    let mut total = Total::ZERO;
     let mut a = [_mm512_setzero_ps(); R];
     // Groups of the block, the sums of the inputs of the first one, and how many are added.
     // SAFETY: the block exists.
@@ -284,5 +284,5 @@ unsafe fn write(w: &QuantTiles, total: &mut Total, panel: usize, rows: &Range<us
             _mm512_mask_storeu_ps(out.at(row, panel * PANEL), w.columns(panel), sums);
         }
     }
-    *total = Total([[0.0; PANEL]; TILE]);
+    *total = Total::ZERO;
 }

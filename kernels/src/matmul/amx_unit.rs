@@ -73,7 +73,7 @@ impl Default for Ring {
 
 /// Rows of a B tile and vectors of an expanded group.
 pub(super) const fn depth<F: Format>() -> usize {
-    if F::NIBBLES { 16 } else { F::VECTORS }
+    if F::NIBBLES { 2 * F::VECTORS } else { F::VECTORS }
 }
 
 /// Products of a group.
@@ -81,11 +81,10 @@ pub(super) const fn products<F: Format>() -> usize {
     if F::NIBBLES { 1 } else { 2 }
 }
 
-/// Where level `level` of a row's group `group` is, in bytes, if groups of 32 are `stride` apart.
+/// Where level `level` of a row's group `group` is, in bytes, if groups are `stride` apart.
 #[inline(always)]
-pub(super) fn level_at<F: Format>(group: usize, level: usize, stride: usize) -> usize {
-    let per32 = 8 / F::VECTORS;
-    group / per32 * stride + group % per32 * 16 + level * 32
+pub(super) fn level_at(group: usize, level: usize, stride: usize) -> usize {
+    group * stride + level * 32
 }
 
 /// `sums[i] = a · b` while `sums[i + 2]` of four go to `to`. Tiles 0 to 3 hold sums, 4 and 5 levels, 6

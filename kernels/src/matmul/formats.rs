@@ -4,12 +4,14 @@ use super::packed::Geometry;
 use std::arch::x86_64::*;
 
 /// Scales of the 16 lanes of a panel in one block of 256, ready to multiply with: a group adds
-/// `s · Σ q·x + m · Σ x`.
+/// `s · Σ q·x + m · Σ x`, or, where scales are whole, `unit · (whole · Σ q·x)`.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Scales {
-    pub(super) s: [__m512; 16],
+    pub(super) s: [__m512; 8],
     pub(super) m: [__m512; 8],
+    pub(super) whole: [__m512i; 16],
+    pub(super) unit: __m512,
 }
 
 impl Scales {
@@ -17,7 +19,8 @@ impl Scales {
     /// AVX-512.
     #[target_feature(enable = "avx512f")]
     pub(super) unsafe fn zero() -> Self {
-        Scales { s: [_mm512_setzero_ps(); 16], m: [_mm512_setzero_ps(); 8] }
+        let zero = _mm512_setzero_ps();
+        Scales { s: [zero; 8], m: [zero; 8], whole: [_mm512_setzero_si512(); 16], unit: zero }
     }
 }
 
@@ -37,6 +40,8 @@ pub(super) trait Format {
     const MINS: bool;
     /// Whether 16 times a weight is still a byte.
     const NIBBLES: bool;
+    /// Whether scales are whole numbers of a unit that a block has.
+    const WHOLE: bool = false;
 
     /// The scales of a block; groups that do not exist are left alone.
     ///
@@ -241,19 +246,19 @@ impl Format for Q6K {
     const SHIFT: Option<u32> = Some(5);
     const MINS: bool = false;
     const NIBBLES: bool = false;
+    const WHOLE: bool = true;
 
     #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn scales(panel: *const u8, g: &Geometry, block: usize, out: &mut Scales) {
         // SAFETY: the block exists.
         unsafe {
-            let d = halves(panel.add(block * 32));
+            out.unit = halves(panel.add(block * 32));
             for i in 0..4 {
                 let v = load(panel.add(g.scales_at(block) + i * 64));
-                let times = |v| _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(v)));
-                out.s[4 * i] = times(_mm512_slli_epi32::<24>(v));
-                out.s[4 * i + 1] = times(_mm512_slli_epi32::<16>(v));
-                out.s[4 * i + 2] = times(_mm512_slli_epi32::<8>(v));
-                out.s[4 * i + 3] = times(v);
+                out.whole[4 * i] = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(v));
+                out.whole[4 * i + 1] = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<16>(v));
+                out.whole[4 * i + 2] = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<8>(v));
+                out.whole[4 * i + 3] = _mm512_srai_epi32::<24>(v);
             }
         }
     }

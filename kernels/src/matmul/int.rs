@@ -7,8 +7,13 @@
 //! for each group:  a = fma(scale, isum, a);  a = fma(min, xsum, a) (Q4_1, Q4_K)
 //! y = fma(a, activation scale, y)
 //! ```
-//! The scale of a group of Q4_K and Q6_K is the product of its two, rounded once; so is the (negative)
-//! minimum of Q4_K.
+//! The scale of a group of Q4_K is the product of its two, rounded once; so is its (negative) minimum.
+//!
+//! The scales of Q6_K are whole numbers of a unit `d` that the block has, so its sum over all groups is
+//! exact too (of 32 bits: a weight is below 128 · 32, an input below 2048, and there are 256):
+//! ```text
+//! y = fma(d · Σ scale · isum, activation scale, y)
+//! ```
 //! The vector kernels do just this, so all of them give the same bits.
 
 use super::activations::{Activations, HIGH};
@@ -66,6 +71,8 @@ struct Block {
     q: [[[i16; PANEL]; 32]; 16],
     s: [[f32; PANEL]; 16],
     m: [[f32; PANEL]; 8],
+    /// Units of Q6_K, whose `s` are whole.
+    d: [f32; PANEL],
 }
 
 fn expand(g: &Geometry, panel: &[u8], b: usize, out: &mut Block) {
@@ -79,8 +86,9 @@ fn expand(g: &Geometry, panel: &[u8], b: usize, out: &mut Block) {
     for lane in 0..PANEL {
         let scales = row_scales(g, panel, b, lane);
         let dmin = if g.kind == Kind::Q4K { -scales.dmin } else { 1.0 };
+        out.d[lane] = scales.d;
         for j in 0..16 {
-            out.s[j][lane] = scales.d * scales.s[j];
+            out.s[j][lane] = if g.kind == Kind::Q6K { scales.s[j] } else { scales.d * scales.s[j] };
         }
         for j in 0..8 {
             out.m[j][lane] = dmin * scales.m[j];
@@ -99,8 +107,12 @@ unsafe fn multiply<const FMA: bool>(
     out: Out,
 ) {
     let g = &w.geometry;
-    let mut block =
-        Box::new(Block { q: [[[0; PANEL]; 32]; 16], s: [[0.0; PANEL]; 16], m: [[0.0; PANEL]; 8] });
+    let mut block = Box::new(Block {
+        q: [[[0; PANEL]; 32]; 16],
+        s: [[0.0; PANEL]; 16],
+        m: [[0.0; PANEL]; 8],
+        d: [0.0; PANEL],
+    });
     let mut sums = vec![[0f32; PANEL]; rows.len()];
     for b in 0..g.blocks {
         expand(g, w.panel(panel), b, &mut block);
@@ -126,7 +138,7 @@ fn block_row<const FMA: bool>(
     b: usize,
     y: &mut [f32; PANEL],
 ) {
-    let mut a = [0f32; PANEL];
+    let (mut a, mut whole) = ([0f32; PANEL], [0i32; PANEL]);
     let size = g.kind.group();
     for j in 0..g.groups(b) {
         let levels = x.group(row, (b * 256 + j * size) / 32);
@@ -140,7 +152,11 @@ fn block_row<const FMA: bool>(
             }
         }
         for lane in 0..PANEL {
-            a[lane] = fma::<FMA>(block.s[j][lane], isum[lane] as f32, a[lane]);
+            if g.kind == Kind::Q6K {
+                whole[lane] += block.s[j][lane] as i32 * isum[lane];
+            } else {
+                a[lane] = fma::<FMA>(block.s[j][lane], isum[lane] as f32, a[lane]);
+            }
         }
         if g.kind.has_mins() {
             let xsum = x.sums[x.sum_at(row, b * 8 + j)];
@@ -148,6 +164,9 @@ fn block_row<const FMA: bool>(
                 *a = fma::<FMA>(*m, xsum, *a);
             }
         }
+    }
+    if g.kind == Kind::Q6K {
+        a = std::array::from_fn(|lane| whole[lane] as f32 * block.d[lane]);
     }
     let scale = x.scale[row * g.blocks + b];
     for (y, a) in y.iter_mut().zip(a) {

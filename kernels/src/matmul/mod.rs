@@ -14,6 +14,8 @@ mod amx_bf16;
 mod amx_one;
 #[cfg(target_arch = "x86_64")]
 mod amx_unit;
+#[cfg(target_arch = "x86_64")]
+mod amx_whole;
 mod float;
 mod float_kernels;
 #[cfg(target_arch = "x86_64")]

@@ -2,7 +2,7 @@
 
 use super::activations::{Activations, TILE};
 use super::halves::Halves;
-use super::packed::QuantTiles;
+use super::packed::{Kind, QuantTiles};
 use super::{Matrix, Out, PANEL, Store, int};
 use crate::cpu::Isa;
 use crate::pool::SendPtr;
@@ -46,7 +46,10 @@ pub(super) fn run(
     let Prepared { levels, halves, pieces } = &mut *own;
     let cols = products.first().map_or(0, |(w, _)| w.cols());
     if products.iter().any(|(w, _)| matches!(w.store, Store::Quant(_))) {
-        levels.prepare(pool, x, m, cols);
+        let wide = |w: &QuantTiles| w.geometry.kind == Kind::Q6K && m > Kind::Q6K.few();
+        let wide = isa >= Isa::Amx
+            && products.iter().any(|(w, _)| matches!(&w.store, Store::Quant(w) if wide(w)));
+        levels.prepare(pool, x, m, cols, wide);
     }
     if products.iter().any(|(w, _)| tiled_bf16(isa, w)) {
         halves.prepare(pool, x, m, cols);

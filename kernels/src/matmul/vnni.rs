@@ -116,7 +116,7 @@ unsafe fn rows_of<F: Format, const M: usize, const P: usize>(
             let levels = tile.add(block * 8 * stride + row % TILE * 64);
             let place = Place { cols: g.cols, block, levels, stride, x, row };
             let quants = panels.map(|panel| panel.add(g.quants_at(block)));
-            let mut a = [[_mm512_setzero_ps(); M]; P];
+            let mut a = [[_mm512_setzero_si512(); M]; P];
             if groups == F::GROUPS {
                 for j in 0..F::GROUPS {
                     for p in 0..P {
@@ -132,8 +132,12 @@ unsafe fn rows_of<F: Format, const M: usize, const P: usize>(
             }
             for r in 0..M {
                 let scale = _mm512_set1_ps(*x.scale.get_unchecked((row + r) * g.blocks + block));
-                for (sum, a) in sum.iter_mut().zip(&a) {
-                    sum[r] = _mm512_fmadd_ps(a[r], scale, sum[r]);
+                for ((sum, a), scales) in sum.iter_mut().zip(&a).zip(&scales) {
+                    let a = match F::WHOLE {
+                        true => _mm512_mul_ps(_mm512_cvtepi32_ps(a[r]), scales.unit),
+                        false => _mm512_castsi512_ps(a[r]),
+                    };
+                    sum[r] = _mm512_fmadd_ps(a, scale, sum[r]);
                 }
             }
         }
@@ -161,7 +165,8 @@ struct Place<'a> {
     row: usize,
 }
 
-/// Adds one group to the block's scaled sums; `quants` is the panel's first group in the block.
+/// Adds one group to the block's scaled sums, which are integers where scales are whole, and else floats;
+/// `quants` is the panel's first group in the block.
 ///
 /// # Safety
 /// As [`multiply`]; the group exists.
@@ -172,7 +177,7 @@ unsafe fn group<F: Format, const M: usize>(
     quants: *const u8,
     j: usize,
     scales: &Scales,
-    a: &mut [__m512; M],
+    a: &mut [__m512i; M],
 ) {
     // SAFETY: block, group and rows exist; prefetching is harmless anywhere.
     unsafe {
@@ -198,12 +203,18 @@ unsafe fn group<F: Format, const M: usize>(
                 lo = _mm512_dpbusd_epi32(lo, *q, _mm512_set1_epi32(x.add(8 + i).read_unaligned()));
             }
             let isum = _mm512_add_epi32(_mm512_slli_epi32::<HIGH_SHIFT>(hi), lo);
-            *acc = _mm512_fmadd_ps(scales.s[j], _mm512_cvtepi32_ps(isum), *acc);
+            if F::WHOLE {
+                *acc = _mm512_add_epi32(*acc, _mm512_mullo_epi32(isum, scales.whole[j]));
+                continue;
+            }
+            let (isum, before) = (_mm512_cvtepi32_ps(isum), _mm512_castsi512_ps(*acc));
+            let mut sum = _mm512_fmadd_ps(scales.s[j % 8], isum, before);
             if F::MINS {
                 let i = at.x.sum_at(at.row + r, at.block * 8 + j);
                 let xsum = _mm512_set1_ps(*at.x.sums.get_unchecked(i));
-                *acc = _mm512_fmadd_ps(scales.m[j], xsum, *acc);
+                sum = _mm512_fmadd_ps(scales.m[j % 8], xsum, sum);
             }
+            *acc = _mm512_castps_si512(sum);
         }
     }
 }
