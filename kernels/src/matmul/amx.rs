@@ -2,11 +2,12 @@
 //!
 //! A block of a panel is expanded to bytes once (Q8_0 is such bytes already); then 16 rows at a time
 //! meet it group by group. The tile unit gives exact sums, AVX-512 scales and adds them in the order of
-//! [`super::int`]. Sixteen rows or fewer have a way of their own, [`super::amx_one`].
+//! [`super::int`]. Sixteen rows or fewer have a way of their own, [`super::amx_one`], and so has Q6_K,
+//! [`super::amx_whole`].
 //!
 //! A group is 32 inputs of two levels, a tile row 64 bytes. Of a four-bit weight `q` both `q` and
-//! `16 q` are bytes, so `16 Σ q·hi + Σ q·lo` is one product of `[hi | lo]` with `[16 q | q]`. Other
-//! types take one product a level.
+//! `16 q` are bytes, so `16 Σ q·hi + Σ q·lo` is one product of `[hi | lo]` with `[16 q | q]`. Q8_0
+//! takes one product a level.
 
 use super::activations::{Activations, TILE};
 use super::amx_add::add;

@@ -43,7 +43,7 @@ const KEPT: usize = 2 * PANELS;
 
 /// What one thread needs.
 struct Scratch {
-    /// Expanded blocks.
+    /// Expanded blocks, [`BLOCK`] bytes each.
     bytes: Buffer,
     /// Scales of blocks.
     scales: Vec<Scales>,
@@ -101,8 +101,7 @@ pub(super) unsafe fn multiply(
         // SAFETY: the tiles are configured; the caller's promises.
         unsafe {
             match (tiles, tile_rows) {
-                (1, 1..=4) => one_tile::<4>(w, x, scratch, panels, &rows, out),
-                (1, 5..=8) => one_tile::<8>(w, x, scratch, panels, &rows, out),
+                (1, 1..=8) => one_tile::<8>(w, x, scratch, panels, &rows, out),
                 (1, _) => one_tile::<16>(w, x, scratch, panels, &rows, out),
                 _ => {
                     for first in panels.clone().step_by(PANELS) {
@@ -154,7 +153,7 @@ impl Source {
             // SAFETY: the group exists; room for its vectors; prefetching is harmless anywhere.
             unsafe {
                 let from = self.groups.add(group * Q6K::BYTES);
-                for line in 0..Q6K::BYTES / 64 {
+                for line in 0..Q6K::BYTES / 64 + 1 {
                     _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD + line * 64).cast());
                 }
                 for (i, q) in Q6K::quants(from).iter().enumerate().take(Q6K::VECTORS) {
@@ -229,10 +228,16 @@ struct Pipeline<'a> {
 }
 
 impl<'a> Pipeline<'a> {
-    /// Begins with products of nothing, which go to `nowhere`.
-    fn new(sums: &'a mut [Sums; LAG], x: &Activations, stride: usize, nowhere: &mut Total) -> Self {
-        let unit = (&raw const nowhere.0[0]).cast();
-        let nothing = Product { unit, factors: x.scale.as_ptr(), first: true, total: nowhere };
+    /// Begins with products of nothing, in units of `nothing`, which go to `nowhere`.
+    fn new(
+        sums: &'a mut [Sums; LAG],
+        x: &Activations,
+        stride: usize,
+        nothing: &__m512,
+        nowhere: &mut Total,
+    ) -> Self {
+        let factors = x.scale.as_ptr();
+        let nothing = Product { unit: nothing, factors, first: true, total: nowhere };
         Pipeline { sums, stride, products: [nothing; LAG], due: 0 }
     }
 
@@ -388,20 +393,22 @@ unsafe fn blocks(
     let g = w.geometry;
     let (tiles, width) = (rows.len().div_ceil(TILE), panels.len());
     let Scratch { bytes, scales, totals, sums } = scratch;
-    let bytes = bytes.as_mut_ptr();
-    let mut nowhere = Total::ZERO;
-    let mut pipeline = Pipeline::new(sums, x, g.blocks, &mut nowhere);
+    // Products on their way point into these.
+    let (bytes, scales, totals) = (bytes.as_mut_ptr(), scales.as_mut_ptr(), totals.as_mut_ptr());
+    let (nothing, mut nowhere) = (_mm512_setzero_ps(), Total::ZERO);
+    let mut pipeline = Pipeline::new(sums, x, g.blocks, &nothing, &mut nowhere);
     for block in 0..g.blocks {
         // Two panels or tiles are at least as many products as those on their way, whose scales are
         // the other half.
-        let scales = &mut scales[block % 2 * PANELS..][..PANELS];
+        let scales = scales.wrapping_add(block % 2 * PANELS);
         for (i, panel) in panels.clone().enumerate() {
             let source = Source::new(w, panel, block);
-            // SAFETY: panel and block exist; the buffer has room for each panel's block.
+            // SAFETY: panel and block exist; there is room for each panel's block and scales.
             unsafe {
-                Q6K::scales(source.panel, &g, block, &mut scales[i]);
+                let scales = &mut *scales.add(i);
+                Q6K::scales(source.panel, &g, block, scales);
                 for step in 0..STEPS {
-                    source.expand(step, &scales[i], bytes.add(i * BLOCK));
+                    source.expand(step, scales, bytes.add(i * BLOCK));
                 }
             }
         }
@@ -412,16 +419,18 @@ unsafe fn blocks(
                 let row = rows.start + tile * TILE;
                 let (levels, level) = x.wide_tile(row / TILE);
                 let levels = levels.wrapping_add(block * STEPS * 2 * level);
+                let factors = x.scale[row * g.blocks + block..].as_ptr();
                 for panel in pair..(pair + 2).min(width) {
-                    let product = Product {
-                        unit: &raw const scales[panel].unit,
-                        factors: &raw const x.scale[row * g.blocks + block],
-                        first: block == 0,
-                        total: &raw mut totals[tile * width + panel],
-                    };
-                    let weights = bytes.wrapping_add(panel * BLOCK);
-                    // SAFETY: the block has been expanded; rows and levels are in `x`.
+                    // SAFETY: the block has been expanded; rows and levels are in `x`; every tile and
+                    // panel has a total.
                     unsafe {
+                        let product = Product {
+                            unit: &raw const (*scales.add(panel)).unit,
+                            factors,
+                            first: block == 0,
+                            total: totals.add(tile * width + panel),
+                        };
+                        let weights = bytes.add(panel * BLOCK);
                         pipeline.multiply::<TILE>(product, (levels, level), weights, |_| ());
                     }
                 }
@@ -448,25 +457,25 @@ unsafe fn one_tile<const R: usize>(
 ) {
     let g = w.geometry;
     let Scratch { bytes, scales, totals, sums } = scratch;
-    let bytes = bytes.as_mut_ptr();
+    // Products on their way point into these.
+    let (bytes, scales, total) = (bytes.as_mut_ptr(), scales.as_mut_ptr(), totals.as_mut_ptr());
     let place = |i: usize| bytes.wrapping_add(i % 2 * BLOCK);
     let (levels, level) = x.wide_tile(rows.start / TILE);
-    let mut nowhere = Total::ZERO;
-    let mut pipeline = Pipeline::new(sums, x, g.blocks, &mut nowhere);
+    let (nothing, mut nowhere) = (_mm512_setzero_ps(), Total::ZERO);
+    let mut pipeline = Pipeline::new(sums, x, g.blocks, &nothing, &mut nowhere);
     let mut sources = panels
         .clone()
         .flat_map(|panel| (0..g.blocks).map(move |block| Source::new(w, panel, block)));
     let Some(mut source) = sources.next() else { return };
     // SAFETY: the first block exists; room for a block.
     unsafe {
-        Q6K::scales(source.panel, &g, source.block, &mut scales[0]);
+        Q6K::scales(source.panel, &g, source.block, &mut *scales);
         for step in 0..STEPS {
-            source.expand(step, &scales[0], place(0));
+            source.expand(step, &*scales, place(0));
         }
     }
     // Products until the panel `complete` is.
     let (mut left, mut complete) = (g.blocks + LAG, panels.start);
-    let total = &raw mut totals[0];
     let mut end_of_product = || {
         left -= 1;
         if left == 0 {
@@ -478,22 +487,19 @@ unsafe fn one_tile<const R: usize>(
     let mut now = 0;
     loop {
         let (next, after) = (sources.next(), (now + 1) % KEPT);
-        if let Some(next) = next {
-            // SAFETY: the block exists.
-            unsafe { Q6K::scales(next.panel, &g, next.block, &mut scales[after]) };
-        }
-        let product = Product {
-            unit: &raw const scales[now].unit,
-            factors: &raw const x.scale[rows.start * g.blocks + source.block],
-            first: source.block == 0,
-            total,
-        };
+        let factors = x.scale[rows.start * g.blocks + source.block..].as_ptr();
         let levels = levels.wrapping_add(source.block * STEPS * 2 * level);
-        // SAFETY: the block has been expanded; rows and levels are in `x`; room for the next block.
+        // SAFETY: both blocks exist, and one has been expanded; rows and levels are in `x`; room for the
+        // other block and its scales.
         unsafe {
+            if let Some(next) = next {
+                Q6K::scales(next.panel, &g, next.block, &mut *scales.add(after));
+            }
+            let unit = &raw const (*scales.add(now)).unit;
+            let product = Product { unit, factors, first: source.block == 0, total };
             pipeline.multiply::<R>(product, (levels, level), place(now), |step| {
                 if let Some(next) = next {
-                    next.expand(step, &scales[after], place(after));
+                    next.expand(step, &*scales.add(after), place(after));
                 }
             });
         }

@@ -10,9 +10,10 @@
 //! The scale of a group of Q4_K is the product of its two, rounded once; so is its (negative) minimum.
 //!
 //! The scales of Q6_K are whole numbers of a unit `d` that the block has, so its sum over all groups is
-//! exact too (of 32 bits: a weight is below 128 · 32, an input below 2048, and there are 256):
+//! exact too, in 32 bits: a weight is at most 128 · 32, an input at most 2032, and there are 256. It becomes a
+//! float, then it is multiplied:
 //! ```text
-//! y = fma(d · Σ scale · isum, activation scale, y)
+//! y = fma(d · float(Σ scale · isum), activation scale, y)
 //! ```
 //! The vector kernels do just this, so all of them give the same bits.
 

@@ -82,7 +82,7 @@ fn shapes(dtype: DType) -> Vec<(usize, usize)> {
     match dtype.block_len() {
         1 => vec![(1, 1), (3, 7), (17, 33), (64, 64), (100, 515), (70, 1100), (31, 96)],
         32 => vec![(1, 32), (5, 64), (17, 96), (192, 576), (33, 288), (50, 1056), (600, 96)],
-        _ => vec![(1, 256), (19, 512), (64, 1536), (40, 768), (600, 512)],
+        _ => vec![(1, 256), (19, 512), (64, 1536), (40, 768), (1400, 512)],
     }
 }
 
@@ -153,6 +153,26 @@ fn a_row_is_the_same_in_any_batch() {
                 let want = &alone[from * n..(from + m) * n];
                 assert!(bits(&y) == bits(want), "{dtype} {isa:?} m={m}");
             }
+        }
+    }
+}
+
+/// The largest sum that Q6_K can have is still one of 32 bits.
+#[test]
+fn the_largest_weights_and_inputs_do_not_overflow() {
+    let pool = ThreadPool::new(2);
+    let (n, k) = (40, 512);
+    let mut block = [0u8; 210];
+    // Weights are -32, scales -128.
+    block[192..208].fill(i8::MIN as u8);
+    block[208..].copy_from_slice(&half::f16::ONE.to_le_bytes());
+    let w = Matrix::from_bytes(DType::Q6_K, &block.repeat(n * k / 256), n, k).unwrap();
+    for m in [1, 7, 16, 33] {
+        let x = vec![1.0; m * k];
+        for isa in isas() {
+            let want = 4096.0 * k as f32;
+            let y = product(isa, &pool, &w, &x, m);
+            assert!(y.iter().all(|y| (y - want).abs() <= want * 1e-6), "{isa:?} m={m} {}", y[0]);
         }
     }
 }
