@@ -23,18 +23,20 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 /// Panels that are expanded together and meet the rows one after the other.
-const PANELS: usize = 8;
+pub(super) const PANELS: usize = 8;
+/// Scales that are kept: [`super::amx_whole`] still needs those of the block before.
+pub(super) const SCALES: usize = 2 * PANELS;
 /// Bytes of a block of a panel, expanded, at most.
-const BLOCK: usize = 8 * 1024;
+pub(super) const BLOCK: usize = 8 * 1024;
 
 /// What one thread needs.
 pub(super) struct Scratch {
     /// Expanded blocks, [`BLOCK`] bytes a panel.
     pub(super) bytes: Buffer,
     /// Scales of these blocks.
-    scales: Vec<Scales>,
+    pub(super) scales: Vec<Scales>,
     /// Sums over the blocks so far, `[tile][panel]`.
-    totals: Vec<Total>,
+    pub(super) totals: Vec<Total>,
     pub(super) ring: Box<Ring>,
 }
 
@@ -75,17 +77,23 @@ pub(super) unsafe fn multiply(
     rows: Range<usize>,
     out: Out,
 ) {
-    // SAFETY: the caller's promises.
-    unsafe {
-        match w.geometry.kind {
-            Kind::Q8_0 => all::<Q8_0>(w, x, panels, rows, out),
-            Kind::Q4_0 => all::<Q4_0>(w, x, panels, rows, out),
-            Kind::Q4_1 => all::<Q4_1>(w, x, panels, rows, out),
-            Kind::Q4K => all::<Q4K>(w, x, panels, rows, out),
-            Kind::Q6K => return whole::multiply(w, x, panels, rows, out),
+    SCRATCH.with_borrow_mut(|scratch| {
+        // What is left in them is overwritten by the first block.
+        let totals = scratch.totals.len().max(rows.len().div_ceil(TILE) * PANELS);
+        scratch.totals.resize(totals, Total::ZERO);
+        // SAFETY: the caller's promises.
+        unsafe {
+            scratch.scales.resize(SCALES, Scales::zero());
+            match w.geometry.kind {
+                Kind::Q8_0 => all::<Q8_0>(w, x, scratch, panels, rows, out),
+                Kind::Q4_0 => all::<Q4_0>(w, x, scratch, panels, rows, out),
+                Kind::Q4_1 => all::<Q4_1>(w, x, scratch, panels, rows, out),
+                Kind::Q4K => all::<Q4K>(w, x, scratch, panels, rows, out),
+                Kind::Q6K => whole::multiply(w, x, scratch, panels, rows, out),
+            }
+            TileConfig::release();
         }
-        TileConfig::release();
-    }
+    });
 }
 
 /// # Safety
@@ -94,6 +102,7 @@ pub(super) unsafe fn multiply(
 unsafe fn all<F: Format>(
     w: &QuantTiles,
     x: &Activations,
+    scratch: &mut Scratch,
     panels: Range<usize>,
     rows: Range<usize>,
     out: Out,
@@ -106,29 +115,24 @@ unsafe fn all<F: Format>(
     let config = TileConfig::new([c, c, c, c, a, a, b, b]);
     // SAFETY: the caller's promise.
     unsafe { config.load() };
-    SCRATCH.with_borrow_mut(|scratch| {
-        if tiles == 1 {
-            // SAFETY: the tiles are configured; the caller's promises.
-            return unsafe {
-                match tile_rows {
-                    1..=4 => one::multiply::<F, 4>(w, x, scratch, panels, &rows, out),
-                    5..=8 => one::multiply::<F, 8>(w, x, scratch, panels, &rows, out),
-                    _ => one::multiply::<F, 16>(w, x, scratch, panels, &rows, out),
-                }
-            };
-        }
-        for first in panels.clone().step_by(PANELS) {
-            let batch = first..(first + PANELS).min(panels.end);
-            // What is left in them is overwritten by the first block.
-            let totals = scratch.totals.len().max(tiles * batch.len());
-            scratch.totals.resize(totals, Total::ZERO);
-            // SAFETY: the tiles are configured; the caller's promises.
-            unsafe {
-                blocks::<F>(w, x, scratch, &batch, &rows);
-                write(w, &scratch.totals, batch, &rows, out);
+    if tiles == 1 {
+        // SAFETY: the tiles are configured; the caller's promises.
+        return unsafe {
+            match tile_rows {
+                1..=4 => one::multiply::<F, 4>(w, x, scratch, panels, &rows, out),
+                5..=8 => one::multiply::<F, 8>(w, x, scratch, panels, &rows, out),
+                _ => one::multiply::<F, 16>(w, x, scratch, panels, &rows, out),
             }
+        };
+    }
+    for first in panels.clone().step_by(PANELS) {
+        let batch = first..(first + PANELS).min(panels.end);
+        // SAFETY: the tiles are configured; the caller's promises.
+        unsafe {
+            blocks::<F>(w, x, scratch, &batch, &rows);
+            write(w, &scratch.totals, batch, &rows, out);
         }
-    });
+    }
 }
 
 /// Expands the group of nibbles at `from` to bytes.
@@ -196,8 +200,6 @@ unsafe fn blocks<F: Format>(
     rows: &Range<usize>,
 ) {
     let g = w.geometry;
-    // SAFETY: the processor has AVX-512.
-    scratch.scales.resize(PANELS, unsafe { Scales::zero() });
     for block in 0..g.blocks {
         for (i, panel) in panels.clone().enumerate() {
             let weights = w.panel(panel).as_ptr();

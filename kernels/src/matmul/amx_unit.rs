@@ -58,7 +58,17 @@ impl TileConfig {
 #[repr(C, align(64))]
 pub(super) struct Ring([[[i32; PANEL]; TILE]; RING]);
 
+/// Four tiles of sums.
+pub(super) type Sums = [[[i32; PANEL]; TILE]; 4];
+
 impl Ring {
+    /// Two halves.
+    pub(super) fn halves(&mut self) -> &mut [Sums; 2] {
+        const { assert!(RING == 8) };
+        let (halves, _) = self.0.as_chunks_mut();
+        halves.try_into().expect("eight tiles")
+    }
+
     /// The first slot; the others follow, 1 KB each.
     pub(super) fn start(&mut self) -> *mut u8 {
         self.0.as_mut_ptr().cast()

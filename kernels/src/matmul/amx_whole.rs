@@ -11,110 +11,63 @@
 //! is a single tile of rows.
 
 use super::activations::{Activations, HIGH_SHIFT, TILE};
-use super::amx::{Total, write};
-use super::amx_unit::TileConfig;
+use super::amx::{BLOCK, PANELS, SCALES, Scratch, Total, write};
+use super::amx_unit::{Sums, TileConfig};
 use super::formats::{Format, Q6K, Scales};
 use super::packed::QuantTiles;
 use super::{Out, PANEL};
-use crate::buffer::Buffer;
 use std::arch::asm;
 use std::arch::x86_64::*;
-use std::cell::RefCell;
 use std::ops::Range;
 
-/// Panels that are expanded together and meet the rows one after the other.
-const PANELS: usize = 8;
 /// Steps of a block, of 64 inputs each.
 const STEPS: usize = 4;
 /// Groups of a step.
 const GROUPS: usize = Q6K::GROUPS / STEPS;
 /// Bytes of the high levels of a step's weights; so many low ones follow.
 const LEVEL: usize = 64 * PANEL;
-/// Bytes of a block of a panel, expanded.
-const BLOCK: usize = STEPS * 2 * LEVEL;
 /// A weight is `high << WEIGHT_SHIFT | low`.
 const WEIGHT_SHIFT: u32 = 7;
 /// Bytes of weights that are fetched ahead of use.
 const AHEAD: usize = 2048;
 /// Products from one to that during which its sums are scaled: during the next they are stored.
 const LAG: usize = 2;
-/// Blocks whose scales are kept: those of a block are needed until [`LAG`] products later.
-const KEPT: usize = 2 * PANELS;
-
-/// What one thread needs.
-struct Scratch {
-    /// Expanded blocks, [`BLOCK`] bytes each.
-    bytes: Buffer,
-    /// Scales of blocks.
-    scales: Vec<Scales>,
-    /// Sums over the blocks so far, `[tile][panel]`.
-    totals: Vec<Total>,
-    sums: Box<[Sums; LAG]>,
-}
-
-/// The sums of a product as the tile unit stores them: `hi · high`, `hi · low`, `lo · high`, `lo · low`,
-/// of the levels of inputs and of weights.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Sums([[[i32; PANEL]; TILE]; 4]);
-
-impl Default for Scratch {
-    fn default() -> Self {
-        Scratch {
-            bytes: Buffer::new(PANELS * BLOCK),
-            scales: Vec::new(),
-            totals: Vec::new(),
-            sums: Box::new([Sums([[[0; PANEL]; TILE]; 4]); LAG]),
-        }
-    }
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
 
 /// Multiplies panels `panels` of `w` with rows `rows` of `x`.
 ///
 /// # Safety
-/// As [`super::amx::multiply`], of Q6_K.
+/// As [`super::amx::multiply`], of Q6_K; `scratch` has room for it.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(super) unsafe fn multiply(
     w: &QuantTiles,
     x: &Activations,
+    scratch: &mut Scratch,
     panels: Range<usize>,
     rows: Range<usize>,
     out: Out,
 ) {
+    const { assert!(STEPS * 2 * LEVEL <= BLOCK) };
     let (tile_rows, tiles) = (rows.len().min(TILE), rows.len().div_ceil(TILE));
     // A last tile with fewer rows is read as if it had all; what it yields for the others is
     // dropped. Tiles 0 to 3 hold sums, 4 and 5 levels of inputs, 6 and 7 levels of weights.
-    let (rows_64, weights) = ((tile_rows, 64), (16, 64));
-    let mut tiles_of = [rows_64; 8];
-    tiles_of[6..].fill(weights);
-    let config = TileConfig::new(tiles_of);
-    // SAFETY: the caller's promise.
-    unsafe { config.load() };
-    SCRATCH.with_borrow_mut(|scratch| {
-        scratch.totals.resize(scratch.totals.len().max(tiles * PANELS), Total::ZERO);
-        // SAFETY: the processor has AVX-512.
-        scratch.scales.resize(KEPT, unsafe { Scales::zero() });
-        // SAFETY: the tiles are configured; the caller's promises.
-        unsafe {
-            match (tiles, tile_rows) {
-                (1, 1..=8) => one_tile::<8>(w, x, scratch, panels, &rows, out),
-                (1, _) => one_tile::<16>(w, x, scratch, panels, &rows, out),
-                _ => {
-                    for first in panels.clone().step_by(PANELS) {
-                        let batch = first..(first + PANELS).min(panels.end);
-                        blocks(w, x, scratch, &batch, &rows);
-                        write(w, &scratch.totals, batch, &rows, out);
-                    }
+    let (x_tile, w_tile) = ((tile_rows, 64), (16, 64));
+    let sums = x_tile;
+    let config = TileConfig::new([sums, sums, sums, sums, x_tile, x_tile, w_tile, w_tile]);
+    // SAFETY: the caller's promises; the tiles are configured first.
+    unsafe {
+        config.load();
+        match (tiles, tile_rows) {
+            (1, 1..=8) => one_tile::<8>(w, x, scratch, panels, &rows, out),
+            (1, _) => one_tile::<16>(w, x, scratch, panels, &rows, out),
+            _ => {
+                for first in panels.clone().step_by(PANELS) {
+                    let batch = first..(first + PANELS).min(panels.end);
+                    blocks(w, x, scratch, &batch, &rows);
+                    write(w, &scratch.totals, batch, &rows, out);
                 }
             }
         }
-    });
-    // SAFETY: the processor has AMX.
-    unsafe { TileConfig::release() };
+    }
 }
 
 /// Where the weights of a block of a panel are.
@@ -199,8 +152,8 @@ impl Product {
         for row in rows {
             // SAFETY: a row of a tile; aligned sums.
             unsafe {
+                // `hi · high`, `hi · low`, `lo · high`, `lo · low`, of the levels of inputs and weights.
                 let [hh, hl, lh, ll] = sums
-                    .0
                     .each_ref()
                     .map(|sums| _mm512_load_si512(sums.get_unchecked(row).as_ptr().cast()));
                 let high = _mm512_add_epi32(_mm512_slli_epi32::<HIGH_SHIFT>(hh), lh);
@@ -392,11 +345,11 @@ unsafe fn blocks(
 ) {
     let g = w.geometry;
     let (tiles, width) = (rows.len().div_ceil(TILE), panels.len());
-    let Scratch { bytes, scales, totals, sums } = scratch;
+    let Scratch { bytes, scales, totals, ring } = scratch;
     // Products on their way point into these.
     let (bytes, scales, totals) = (bytes.as_mut_ptr(), scales.as_mut_ptr(), totals.as_mut_ptr());
     let (nothing, mut nowhere) = (_mm512_setzero_ps(), Total::ZERO);
-    let mut pipeline = Pipeline::new(sums, x, g.blocks, &nothing, &mut nowhere);
+    let mut pipeline = Pipeline::new(ring.halves(), x, g.blocks, &nothing, &mut nowhere);
     for block in 0..g.blocks {
         // Two panels or tiles are at least as many products as those on their way, whose scales are
         // the other half.
@@ -456,13 +409,13 @@ unsafe fn one_tile<const R: usize>(
     out: Out,
 ) {
     let g = w.geometry;
-    let Scratch { bytes, scales, totals, sums } = scratch;
+    let Scratch { bytes, scales, totals, ring } = scratch;
     // Products on their way point into these.
     let (bytes, scales, total) = (bytes.as_mut_ptr(), scales.as_mut_ptr(), totals.as_mut_ptr());
     let place = |i: usize| bytes.wrapping_add(i % 2 * BLOCK);
     let (levels, level) = x.wide_tile(rows.start / TILE);
     let (nothing, mut nowhere) = (_mm512_setzero_ps(), Total::ZERO);
-    let mut pipeline = Pipeline::new(sums, x, g.blocks, &nothing, &mut nowhere);
+    let mut pipeline = Pipeline::new(ring.halves(), x, g.blocks, &nothing, &mut nowhere);
     let mut sources = panels
         .clone()
         .flat_map(|panel| (0..g.blocks).map(move |block| Source::new(w, panel, block)));
@@ -486,7 +439,7 @@ unsafe fn one_tile<const R: usize>(
     };
     let mut now = 0;
     loop {
-        let (next, after) = (sources.next(), (now + 1) % KEPT);
+        let (next, after) = (sources.next(), (now + 1) % SCALES);
         let factors = x.scale[rows.start * g.blocks + source.block..].as_ptr();
         let levels = levels.wrapping_add(source.block * STEPS * 2 * level);
         // SAFETY: both blocks exist, and one has been expanded; rows and levels are in `x`; room for the

@@ -46,9 +46,9 @@ pub(super) fn run(
     let Prepared { levels, halves, pieces } = &mut *own;
     let cols = products.first().map_or(0, |(w, _)| w.cols());
     if products.iter().any(|(w, _)| matches!(w.store, Store::Quant(_))) {
-        let wide = |w: &QuantTiles| w.geometry.kind == Kind::Q6K && m > Kind::Q6K.few();
         let wide = isa >= Isa::Amx
-            && products.iter().any(|(w, _)| matches!(&w.store, Store::Quant(w) if wide(w)));
+            && m > Kind::Q6K.few()
+            && products.iter().any(|(w, _)| w.dtype() == DType::Q6_K);
         levels.prepare(pool, x, m, cols, wide);
     }
     if products.iter().any(|(w, _)| tiled_bf16(isa, w)) {
