@@ -17,7 +17,7 @@ pub(crate) struct Prompts {
     pub(crate) drafter: Option<Prompt>,
 }
 
-/// Renders and tokenizes `messages` for both models.
+/// Renders and tokenizes `messages` for both models; a long conversation for both at once.
 ///
 /// # Errors
 /// In `messages` when a chat template refuses them; internal when a template or tokenizer fails.
@@ -26,23 +26,42 @@ pub(crate) async fn render(
     base: &Arc<ModelText>,
     drafter: Option<Arc<ModelText>>,
 ) -> Result<Prompts, Error> {
-    let base = Arc::clone(base);
     let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
-    let both = move || {
+    if bytes <= INLINE_BYTES_MAX {
+        let base = base.base_prompt(&messages).map_err(refused)?;
         let drafter = drafter.map(|text| text.drafter_prompt(&messages)).transpose();
-        Ok(Prompts { base: base.base_prompt(&messages)?, drafter: drafter? })
+        return Ok(Prompts { base, drafter: drafter.map_err(refused)? });
+    }
+    let messages = Arc::new(messages);
+    let (text, asked) = (Arc::clone(base), Arc::clone(&messages));
+    let base = aside(move || text.base_prompt(&asked));
+    let drafter = drafter.map(|text| aside(move || text.drafter_prompt(&messages)));
+    let base = base.await?;
+    let drafter = match drafter {
+        Some(rendering) => Some(rendering.await?),
+        None => None,
     };
-    let rendered: Result<Prompts, TextError> = if bytes <= INLINE_BYTES_MAX {
-        both()
-    } else {
-        tokio::task::spawn_blocking(both)
-            .await
-            .map_err(|error| Error::internal(format!("render the prompt: {error}")))?
-    };
-    rendered.map_err(|error| match error.client_fault() {
+    Ok(Prompts { base, drafter })
+}
+
+/// Starts a rendering on a thread that carries no tokens.
+fn aside(
+    render: impl FnOnce() -> Result<Prompt, TextError> + Send + 'static,
+) -> impl Future<Output = Result<Prompt, Error>> {
+    let rendering = tokio::task::spawn_blocking(render);
+    async {
+        let rendered = rendering.await;
+        let rendered =
+            rendered.map_err(|error| Error::internal(format!("render the prompt: {error}")))?;
+        rendered.map_err(refused)
+    }
+}
+
+fn refused(error: TextError) -> Error {
+    match error.client_fault() {
         true => Error::invalid("messages", error.to_string()),
         false => Error::internal(format!("render the prompt: {error}")),
-    })
+    }
 }
 
 impl Prompts {
@@ -93,7 +112,24 @@ fn left(prompt: &Prompt, context: u32, whose: &str) -> Result<u32, Error> {
 
 #[cfg(test)]
 mod tests {
+    use headstart_text::Role;
+
     use super::*;
+
+    #[tokio::test]
+    async fn long_and_short_conversations_render_alike() {
+        let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/stories260k");
+        let text = Arc::new(ModelText::load(fixture.as_ref()).unwrap());
+        for words in [1, INLINE_BYTES_MAX / 5, INLINE_BYTES_MAX / 5 + 1] {
+            let messages = vec![Message::new(Role::User, &"once ".repeat(words))];
+            let base = text.base_prompt(&messages).unwrap();
+            let drafter = text.drafter_prompt(&messages).unwrap();
+            let with = render(messages.clone(), &text, Some(Arc::clone(&text))).await.unwrap();
+            assert_eq!((with.base.ids, with.drafter.unwrap().ids), (base.ids.clone(), drafter.ids));
+            let alone = render(messages, &text, None).await.unwrap();
+            assert_eq!((alone.base.ids, alone.drafter.is_none()), (base.ids, true));
+        }
+    }
 
     fn prompts(base: usize, drafter: Option<usize>) -> Prompts {
         let prompt = |tokens| Prompt { text: String::new(), ids: vec![0; tokens] };

@@ -17,6 +17,8 @@ pub struct StopStep {
 #[derive(Clone, Debug)]
 pub struct StopMatcher {
     stops: Vec<String>,
+    /// The bytes that stop strings begin with.
+    begins: [bool; 256],
     held: String,
     stopped: bool,
 }
@@ -25,8 +27,12 @@ impl StopMatcher {
     /// A matcher for these strings; empty ones are left out.
     #[must_use]
     pub fn new(stops: Vec<String>) -> Self {
-        let stops = stops.into_iter().filter(|stop| !stop.is_empty()).collect();
-        Self { stops, held: String::new(), stopped: false }
+        let stops: Vec<_> = stops.into_iter().filter(|stop| !stop.is_empty()).collect();
+        let mut begins = [false; 256];
+        for stop in &stops {
+            begins[usize::from(stop.as_bytes()[0])] = true;
+        }
+        Self { stops, begins, held: String::new(), stopped: false }
     }
 
     /// Whether a stop string was found.
@@ -39,6 +45,10 @@ impl StopMatcher {
     pub fn push(&mut self, text: &str) -> StopStep {
         if self.stopped {
             return StopStep { text: String::new(), stopped: true };
+        }
+        // Most text has nothing to do with any stop string.
+        if self.held.is_empty() && !text.bytes().any(|byte| self.begins[usize::from(byte)]) {
+            return StopStep { text: text.to_owned(), stopped: false };
         }
         self.held.push_str(text);
         if let Some(start) = self.first_match() {
