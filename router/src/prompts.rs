@@ -121,7 +121,7 @@ mod tests {
         let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/stories260k");
         let text = Arc::new(ModelText::load(fixture.as_ref()).unwrap());
         for words in [1, INLINE_BYTES_MAX / 5, INLINE_BYTES_MAX / 5 + 1] {
-            let messages = vec![Message::new(Role::User, &"once ".repeat(words))];
+            let messages = vec![Message::new(Role::User, "once ".repeat(words))];
             let base = text.base_prompt(&messages).unwrap();
             let drafter = text.drafter_prompt(&messages).unwrap();
             let with = render(messages.clone(), &text, Some(Arc::clone(&text))).await.unwrap();

@@ -1,6 +1,5 @@
 //! What is sent, and how long it took.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -9,7 +8,9 @@ use headstart_proto::v1;
 use headstart_proto::v1::base_client::BaseClient;
 use headstart_proto::v1::drafter_client::DrafterClient;
 use serde::Serialize;
+use tokio::runtime::Builder;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Response, Status, Streaming};
 
 use super::PATH;
 use crate::bench::client::{CallError, Client};
@@ -83,55 +84,49 @@ async fn check_stream(address: &str, body: &Bytes, expected: &str) -> Result<(),
     Err(Failure::Failed(format!("{address} streamed {text:?} and not {expected:?}")))
 }
 
+/// Runs a client that does one thing at a time on a thread of its own, so that what is measured has no
+/// hand-over between threads in it.
+async fn alone<T: Send + 'static, F: Future<Output = Result<T, Failure>>>(
+    client: impl FnOnce() -> F + Send + 'static,
+) -> Result<T, Failure> {
+    let run = move || {
+        let runtime = Builder::new_current_thread().enable_all().build();
+        runtime.map_err(|error| failed("the client", &error))?.block_on(client())
+    };
+    let ran = tokio::task::spawn_blocking(run).await;
+    ran.map_err(|error| failed("the client", &error))?
+}
+
 /// The median time of one request that does not stream, one at a time, in microseconds.
 ///
 /// # Errors
 /// The first call that failed.
 pub(super) async fn unary(address: &str, body: &Bytes, time: Duration) -> Result<f64, Failure> {
-    let mut client = Client::new(address);
-    let (mut samples, begun) = (Vec::new(), Instant::now());
-    while begun.elapsed() < time {
-        let sent = Instant::now();
-        let answer = client.post(PATH, body.clone(), CALL_TIMEOUT).await;
-        samples.push(sent.elapsed().as_secs_f64() * 1e6);
-        answer.map_err(|error| call_failed(address, &error))?;
-    }
-    Ok(median(&mut samples))
+    let (address, body) = (address.to_owned(), body.clone());
+    alone(move || async move {
+        let mut client = Client::new(&address);
+        let (mut samples, begun) = (Vec::new(), Instant::now());
+        while begun.elapsed() < time {
+            let sent = Instant::now();
+            let answer = client.post(PATH, body.clone(), CALL_TIMEOUT).await;
+            samples.push(sent.elapsed().as_secs_f64() * 1e6);
+            answer.map_err(|error| call_failed(&address, &error))?;
+        }
+        Ok(median(&mut samples))
+    })
+    .await
 }
 
-/// What a router asks both nodes for one answer.
+/// What a router asks both nodes for one answer, and where they are.
 #[derive(Clone, Debug)]
 pub(super) struct NodeCalls {
-    base: Channel,
-    drafter: Channel,
-    serve: Arc<v1::ServeRequest>,
-    draft: Arc<v1::DraftRequest>,
+    pub(super) base: String,
+    pub(super) drafter: String,
+    pub(super) serve: v1::ServeRequest,
+    pub(super) draft: v1::DraftRequest,
 }
 
 impl NodeCalls {
-    /// Calls to the nodes at these addresses.
-    ///
-    /// # Errors
-    /// When one cannot be reached.
-    pub(super) async fn connect(
-        base: &str,
-        drafter: &str,
-        serve: v1::ServeRequest,
-        draft: v1::DraftRequest,
-    ) -> Result<Self, Failure> {
-        let channel = |address: &str| {
-            let address = address.to_owned();
-            async move {
-                let endpoint = Endpoint::from_shared(format!("http://{address}"));
-                let endpoint = endpoint.map_err(|error| failed(&address, &error))?;
-                let endpoint = endpoint.tcp_nodelay(true);
-                endpoint.connect().await.map_err(|error| failed(&address, &error))
-            }
-        };
-        let (base, drafter) = try_join(channel(base), channel(drafter)).await?;
-        Ok(Self { base, drafter, serve: Arc::new(serve), draft: Arc::new(draft) })
-    }
-
     /// The median times, in microseconds, of both calls together, read to their ends, one pair at a
     /// time (what an answer takes without a router), and of `render` before each (what it takes
     /// between other work, not in a loop of its own).
@@ -141,34 +136,40 @@ impl NodeCalls {
     pub(super) async fn measure(
         &self,
         time: Duration,
-        render: &(dyn Fn() -> Result<(), Failure> + Sync),
+        render: impl Fn() -> Result<(), Failure> + Send + 'static,
     ) -> Result<(f64, f64), Failure> {
-        let (mut calls, mut renderings, begun) = (Vec::new(), Vec::new(), Instant::now());
-        while begun.elapsed() < time {
-            let asked = Instant::now();
-            render()?;
-            let sent = Instant::now();
-            let both = try_join(self.serve(), self.draft()).await;
-            calls.push(sent.elapsed().as_secs_f64() * 1e6);
-            renderings.push((sent - asked).as_secs_f64() * 1e6);
-            both.map_err(|status| failed("a fake node", &status))?;
-        }
-        Ok((median(&mut calls), median(&mut renderings)))
+        let Self { base, drafter, serve, draft } = self.clone();
+        alone(move || async move {
+            let mut base = BaseClient::new(channel(&base).await?);
+            let mut drafter = DrafterClient::new(channel(&drafter).await?);
+            let (mut calls, mut renderings, begun) = (Vec::new(), Vec::new(), Instant::now());
+            while begun.elapsed() < time {
+                let asked = Instant::now();
+                render()?;
+                let sent = Instant::now();
+                let served = async { to_end(base.serve(serve.clone()).await?).await };
+                let drafted = async { to_end(drafter.draft(draft.clone()).await?).await };
+                let both = try_join(served, drafted).await;
+                calls.push(sent.elapsed().as_secs_f64() * 1e6);
+                renderings.push((sent - asked).as_secs_f64() * 1e6);
+                both.map_err(|status| failed("a fake node", &status))?;
+            }
+            Ok((median(&mut calls), median(&mut renderings)))
+        })
+        .await
     }
+}
 
-    async fn serve(&self) -> Result<(), tonic::Status> {
-        let mut client = BaseClient::new(self.base.clone());
-        let mut frames = client.serve((*self.serve).clone()).await?.into_inner();
-        while frames.message().await?.is_some() {}
-        Ok(())
-    }
+async fn channel(address: &str) -> Result<Channel, Failure> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"));
+    let endpoint = endpoint.map_err(|error| failed(address, &error))?.tcp_nodelay(true);
+    endpoint.connect().await.map_err(|error| failed(address, &error))
+}
 
-    async fn draft(&self) -> Result<(), tonic::Status> {
-        let mut client = DrafterClient::new(self.drafter.clone());
-        let mut frames = client.draft((*self.draft).clone()).await?.into_inner();
-        while frames.message().await?.is_some() {}
-        Ok(())
-    }
+async fn to_end<T>(answer: Response<Streaming<T>>) -> Result<(), Status> {
+    let mut frames = answer.into_inner();
+    while frames.message().await?.is_some() {}
+    Ok(())
 }
 
 fn call_failed(who: &str, error: &CallError) -> Failure {

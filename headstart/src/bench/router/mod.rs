@@ -210,7 +210,7 @@ impl Field {
         let membership: Arc<dyn Membership> = nodes.value.membership.clone();
         let router =
             Apart::start(start_router(membership, args.concurrency, args.http_threads)).await?;
-        let calls = calls(&nodes.value, text).await?;
+        let calls = calls(&nodes.value, text)?;
         let answer = stub::Script::new(&texts[..args.tokens], &texts[..UNARY_TOKENS]);
         let stub = Apart::start(async move {
             let listener = TcpListener::bind("127.0.0.1:0").await.map_err(failed)?;
@@ -250,7 +250,9 @@ impl Field {
         let unary_time = time.mul_f64(UNARY_PART);
         let ours = self.router.value.http_addr().to_string();
         let streams = load::streams(&ours, streamed, expected, args.concurrency, time).await?;
-        let (direct_us, rendering_us) = self.calls.measure(unary_time, &|| render(text)).await?;
+        let text = text.clone();
+        let (direct_us, rendering_us) =
+            self.calls.measure(unary_time, move || render(&text)).await?;
         let through_us = load::unary(&ours, unary, unary_time).await?;
         tell(0, Round { streams, direct_us, through_us });
         for (at, (_, peer)) in self.peers.iter().enumerate() {
@@ -304,7 +306,7 @@ fn messages() -> [Message; 1] {
 }
 
 /// The calls that the router makes for a unary request, ready to be made without it.
-async fn calls(nodes: &FakeNodes, text: &ModelText) -> Result<NodeCalls, Failure> {
+fn calls(nodes: &FakeNodes, text: &ModelText) -> Result<NodeCalls, Failure> {
     let base = text.base_prompt(&messages()).map_err(failed)?;
     let drafter = text.drafter_prompt(&messages()).map_err(failed)?;
     let encoding = v1::DraftEncoding::Ids.into();
@@ -331,7 +333,7 @@ async fn calls(nodes: &FakeNodes, text: &ModelText) -> Result<NodeCalls, Failure
         encoding,
         ..v1::DraftRequest::default()
     };
-    NodeCalls::connect(&nodes.base, &nodes.drafter, serve, draft).await
+    Ok(NodeCalls { base: nodes.base.clone(), drafter: nodes.drafter.clone(), serve, draft })
 }
 
 /// Renders and tokenises both prompts, as the router does for every request.
