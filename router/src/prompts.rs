@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use futures::future::OptionFuture;
 use headstart_proto::{Error, ErrorCode};
 use headstart_text::{Message, ModelText, Prompt, TextError};
 
@@ -37,10 +38,7 @@ pub(crate) async fn render(
     let base = aside(move || text.base_prompt(&asked));
     let drafter = drafter.map(|text| aside(move || text.drafter_prompt(&messages)));
     let base = base.await?;
-    let drafter = match drafter {
-        Some(rendering) => Some(rendering.await?),
-        None => None,
-    };
+    let drafter = OptionFuture::from(drafter).await.transpose()?;
     Ok(Prompts { base, drafter })
 }
 

@@ -132,7 +132,7 @@ impl NodeCalls {
     /// between other work, not in a loop of its own).
     ///
     /// # Errors
-    /// The first call that failed.
+    /// When a node cannot be reached, and the first call that failed.
     pub(super) async fn measure(
         &self,
         time: Duration,
