@@ -49,11 +49,26 @@ pub(super) trait Format {
     /// A panel of the geometry, and the block is in range.
     unsafe fn scales(panel: *const u8, g: &Geometry, block: usize, out: &mut Scales);
 
-    /// The values of the group at `at`, without a sign; the first [`Format::VECTORS`] count.
+    /// Vectors `2 i` and `2 i + 1` of the group at `at`, values without a sign.
+    ///
+    /// # Safety
+    /// A group lies there, and has these vectors.
+    unsafe fn pair(at: *const u8, i: usize) -> [__m512i; 2];
+
+    /// All vectors of the group at `at`; the first [`Format::VECTORS`] count.
     ///
     /// # Safety
     /// A group lies there.
-    unsafe fn quants(at: *const u8) -> [__m512i; 8];
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn quants(at: *const u8) -> [__m512i; 8] {
+        let mut out = [_mm512_setzero_si512(); 8];
+        for (i, pair) in out.as_chunks_mut().0.iter_mut().enumerate().take(Self::VECTORS / 2) {
+            // SAFETY: the caller's promise.
+            *pair = unsafe { Self::pair(at, i) };
+        }
+        out
+    }
 }
 
 /// # Safety
@@ -72,22 +87,17 @@ unsafe fn load(p: *const u8) -> __m512i {
     unsafe { _mm512_loadu_si512(p.cast()) }
 }
 
-/// Eight vectors from four vectors of nibbles.
+/// Two vectors from vector `i` of nibbles.
 ///
 /// # Safety
-/// 256 bytes at `p`, AVX-512.
+/// It lies behind `p`; AVX-512.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn nibbles(p: *const u8) -> [__m512i; 8] {
+unsafe fn nibbles(p: *const u8, i: usize) -> [__m512i; 2] {
     let mask = _mm512_set1_epi8(15);
-    let mut out = [_mm512_setzero_si512(); 8];
-    for j in 0..4 {
-        // SAFETY: the caller's promise.
-        let v = unsafe { load(p.add(j * 64)) };
-        out[2 * j] = _mm512_and_si512(v, mask);
-        out[2 * j + 1] = _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask);
-    }
-    out
+    // SAFETY: the caller's promise.
+    let v = unsafe { load(p.add(i * 64)) };
+    [_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask)]
 }
 
 /// The scales of a block of single scales.
@@ -126,14 +136,11 @@ impl Format for Q8_0 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn quants(at: *const u8) -> [__m512i; 8] {
-        let mut out = [_mm512_setzero_si512(); 8];
-        for (i, o) in out.iter_mut().enumerate() {
-            // SAFETY: the caller's promise.
-            let signed = unsafe { load(at.add(i * 64)) };
-            *o = _mm512_xor_si512(signed, _mm512_set1_epi8(i8::MIN));
-        }
-        out
+    unsafe fn pair(at: *const u8, i: usize) -> [__m512i; 2] {
+        // SAFETY: the caller's promise.
+        let (even, odd) = unsafe { (load(at.add(2 * i * 64)), load(at.add((2 * i + 1) * 64))) };
+        let sign = _mm512_set1_epi8(i8::MIN);
+        [_mm512_xor_si512(even, sign), _mm512_xor_si512(odd, sign)]
     }
 }
 
@@ -153,9 +160,9 @@ impl Format for Q4_0 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn quants(at: *const u8) -> [__m512i; 8] {
+    unsafe fn pair(at: *const u8, i: usize) -> [__m512i; 2] {
         // SAFETY: the caller's promise.
-        unsafe { nibbles(at) }
+        unsafe { nibbles(at, i) }
     }
 }
 
@@ -181,9 +188,9 @@ impl Format for Q4_1 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn quants(at: *const u8) -> [__m512i; 8] {
+    unsafe fn pair(at: *const u8, i: usize) -> [__m512i; 2] {
         // SAFETY: the caller's promise.
-        unsafe { nibbles(at) }
+        unsafe { nibbles(at, i) }
     }
 }
 
@@ -233,9 +240,9 @@ impl Format for Q4K {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn quants(at: *const u8) -> [__m512i; 8] {
+    unsafe fn pair(at: *const u8, i: usize) -> [__m512i; 2] {
         // SAFETY: the caller's promise.
-        unsafe { nibbles(at) }
+        unsafe { nibbles(at, i) }
     }
 }
 
@@ -265,24 +272,21 @@ impl Format for Q6K {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn quants(at: *const u8) -> [__m512i; 8] {
+    unsafe fn pair(at: *const u8, i: usize) -> [__m512i; 2] {
         // SAFETY: the caller's promise.
-        let (low, high, bits) = unsafe { (load(at), load(at.add(64)), load(at.add(128))) };
+        let (nibbles, bits) = unsafe { (load(at.add(i * 64)), load(at.add(128))) };
         let (four, two) = (_mm512_set1_epi8(15), _mm512_set1_epi8(0x30));
         // (nibble & 15) | (pair & 0x30), the pair moved to bits 4 and 5 first.
         let join = |nibble, pair| {
             _mm512_ternarylogic_epi32::<0xF8>(_mm512_and_si512(nibble, four), pair, two)
         };
-        let zero = _mm512_setzero_si512();
-        [
-            join(low, _mm512_slli_epi16::<4>(bits)),
-            join(_mm512_srli_epi16::<4>(low), _mm512_slli_epi16::<2>(bits)),
-            join(high, bits),
-            join(_mm512_srli_epi16::<4>(high), _mm512_srli_epi16::<2>(bits)),
-            zero,
-            zero,
-            zero,
-            zero,
-        ]
+        let high = _mm512_srli_epi16::<4>(nibbles);
+        match i {
+            0 => {
+                let (first, second) = (_mm512_slli_epi16::<4>(bits), _mm512_slli_epi16::<2>(bits));
+                [join(nibbles, first), join(high, second)]
+            }
+            _ => [join(nibbles, bits), join(high, _mm512_srli_epi16::<2>(bits))],
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! Activations prepared for bf16 products.
 //!
-//! An input is split into two bf16 values, `x ≈ hi + lo`, which keeps 16 of its 24 bits: `hi` is cut
-//! off, so it never overflows, `lo` is the rest, rounded.
+//! For the tile unit an input is split into two bf16 values, `x ≈ hi + lo`, which keeps 16 of its 24
+//! bits: `hi` is cut off, so it never overflows, `lo` is the rest, rounded. Dot products of AVX-512, at
+//! whose rate a second product for `lo` would be no faster than f32, take inputs rounded to bf16, 8 bits.
 
 use super::activations::TILE;
 use super::float::DEPTH;
@@ -56,6 +57,59 @@ impl Halves {
     }
 }
 
+/// `m` rows of rounded inputs: `[row][pair]`, padded with zeros.
+#[derive(Default)]
+pub(super) struct Rounded {
+    data: Buffer,
+    pairs: usize,
+}
+
+impl Rounded {
+    /// Rounds `x` (`[m][cols]`).
+    pub(super) fn prepare(&mut self, pool: &ThreadPool, x: &[f32], m: usize, cols: usize) {
+        self.pairs = cols.next_multiple_of(DEPTH) / 2;
+        self.data.reserve(m * self.pairs * 4);
+        let rows = (16 * 1024 / cols.max(1)).max(1);
+        let data = &mut self.data.bytes_mut()[..m * self.pairs * 4];
+        pool.run_chunks(data, rows * self.pairs * 4, &|i, to| {
+            for (x, to) in
+                x[i * rows * cols..].chunks(cols).zip(to.chunks_exact_mut(self.pairs * 4))
+            {
+                round_row(x, to);
+            }
+        });
+    }
+
+    /// Where row `row` begins.
+    pub(super) fn row(&self, row: usize) -> *const u32 {
+        self.data.bytes()[row * self.pairs * 4..].as_ptr().cast()
+    }
+
+    /// Pairs of a row.
+    pub(super) fn pairs(&self) -> usize {
+        self.pairs
+    }
+}
+
+/// The bf16 nearest to a value, ties to even; what is not finite becomes NaN or stays infinite.
+#[inline(always)]
+fn nearest(bits: u32) -> u16 {
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let nan = bits & 0x7fff_ffff > 0x7f80_0000;
+    if nan { 0x7fc0 } else { rounded as u16 }
+}
+
+#[inline(always)]
+fn round_body<const FMA: bool>(x: &[f32], to: &mut [u8]) {
+    let (to, _) = to.as_chunks_mut::<2>();
+    let (to, padding) = to.split_at_mut(x.len());
+    for (x, to) in x.iter().zip(to) {
+        *to = nearest(x.to_bits()).to_le_bytes();
+    }
+    padding.fill([0; 2]);
+}
+dispatch! { fn round_row(x: &[f32], to: &mut [u8]) => round_body }
+
 #[inline(always)]
 fn split_body<const FMA: bool>(x: &[f32], to: SendPtr<u8>, stride: usize) {
     for (i, x) in x.chunks(DEPTH).enumerate() {
@@ -64,10 +118,8 @@ fn split_body<const FMA: bool>(x: &[f32], to: SendPtr<u8>, stride: usize) {
             let high = v.to_bits() & 0xffff_0000;
             let rest = (v - f32::from_bits(high)).to_bits();
             row[k] = (high >> 16) as u16;
-            // To the nearest, ties to even; what is not finite stays so through `rest` being NaN.
-            let rounded = rest.wrapping_add(0x7fff + ((rest >> 16) & 1)) >> 16;
-            let nan = rest & 0x7fff_ffff > 0x7f80_0000;
-            row[DEPTH + k] = if nan { 0x7fc0 } else { rounded as u16 };
+            // What is not finite stays so through `rest` being NaN.
+            row[DEPTH + k] = nearest(rest);
         }
         // SAFETY: the row's place in this tile, which only this task writes.
         unsafe { to.at(i * stride).cast::<[u16; 2 * DEPTH]>().write(row) };

@@ -16,6 +16,8 @@ mod amx_one;
 mod amx_unit;
 #[cfg(target_arch = "x86_64")]
 mod amx_whole;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod float;
 mod float_kernels;
 #[cfg(target_arch = "x86_64")]
@@ -26,6 +28,8 @@ mod packed;
 mod plan;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
+#[cfg(target_arch = "x86_64")]
+mod vnni_many;
 
 use crate::buffer::Arena;
 use crate::cpu::{Cpu, Isa};

@@ -79,7 +79,7 @@ impl Kind {
     }
 
     /// Bytes of a group of a panel.
-    fn group_bytes(self) -> usize {
+    pub(super) fn group_bytes(self) -> usize {
         match self {
             Kind::Q8_0 => 512,
             Kind::Q4_0 | Kind::Q4_1 | Kind::Q4K => 256,

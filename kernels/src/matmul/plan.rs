@@ -1,10 +1,10 @@
 //! Cuts products into pieces and hands each to its kernel.
 
 use super::activations::{Activations, TILE};
-use super::halves::Halves;
+use super::halves::{Halves, Rounded};
 use super::packed::{Kind, QuantTiles};
 use super::{Matrix, Out, PANEL, Store, int};
-use crate::cpu::Isa;
+use crate::cpu::{Cpu, Isa};
 use crate::pool::SendPtr;
 use crate::{DType, ThreadPool};
 use std::cell::Cell;
@@ -14,6 +14,10 @@ use std::ops::Range;
 const ROWS: usize = 256;
 /// Pieces a thread gets of a job at least, so that a late thread holds nobody up.
 const PIECES: usize = 4;
+
+/// From so many rows on a block that is expanded once for all of them is worth its way through the
+/// cache (measured).
+const MANY: usize = 12;
 
 /// Some panels (or units of them) of one product, for some rows.
 struct Piece {
@@ -27,6 +31,7 @@ struct Piece {
 struct Prepared {
     levels: Activations,
     halves: Halves,
+    rounded: Rounded,
     pieces: Vec<Piece>,
 }
 
@@ -43,7 +48,7 @@ pub(super) fn run(
     products: &mut [(&Matrix, &mut [f32])],
 ) {
     let mut own = PREPARED.take().unwrap_or_default();
-    let Prepared { levels, halves, pieces } = &mut *own;
+    let Prepared { levels, halves, rounded, pieces } = &mut *own;
     let cols = products.first().map_or(0, |(w, _)| w.cols());
     if products.iter().any(|(w, _)| matches!(w.store, Store::Quant(_))) {
         let wide = isa >= Isa::Amx
@@ -51,8 +56,12 @@ pub(super) fn run(
             && products.iter().any(|(w, _)| w.dtype() == DType::Q6_K);
         levels.prepare(pool, x, m, cols, wide);
     }
-    if products.iter().any(|(w, _)| tiled_bf16(isa, w)) {
-        halves.prepare(pool, x, m, cols);
+    if products.iter().any(|(w, _)| w.dtype() == DType::BF16) {
+        match way(isa, DType::BF16) {
+            Float::Tiles => halves.prepare(pool, x, m, cols),
+            Float::Dots => rounded.prepare(pool, x, m, cols),
+            Float::Single => {}
+        }
     }
     cut(isa, pool.threads(), m, products, pieces);
     let outs: Vec<_> = products
@@ -66,15 +75,21 @@ pub(super) fn run(
         // columns or rows; `isa` is at most the processor's.
         unsafe {
             match store {
-                #[cfg(target_arch = "x86_64")]
-                Store::Float(t) if t.dtype() == DType::BF16 && isa >= Isa::Amx => {
-                    super::amx_bf16::multiply(t, halves, panels.clone(), rows.clone(), out);
-                }
-                Store::Float(t) => {
-                    for unit in panels.clone() {
-                        t.multiply(isa, unit, x, m, out);
+                Store::Float(t) => match way(isa, t.dtype()) {
+                    #[cfg(target_arch = "x86_64")]
+                    Float::Tiles => {
+                        super::amx_bf16::multiply(t, halves, panels.clone(), rows.clone(), out);
                     }
-                }
+                    #[cfg(target_arch = "x86_64")]
+                    Float::Dots => {
+                        super::bf16::multiply(t, rounded, panels.clone(), rows.clone(), out);
+                    }
+                    _ => {
+                        for unit in panels.clone() {
+                            t.multiply(isa, unit, x, m, out);
+                        }
+                    }
+                },
                 Store::Quant(t) => quant(isa, t, levels, panels.clone(), rows.clone(), out),
             }
         }
@@ -99,6 +114,10 @@ unsafe fn quant(
             // SAFETY: the caller's promises.
             return unsafe { super::amx::multiply(w, x, panels, rows, out) };
         }
+        if isa >= Isa::Vnni && rows.len() >= MANY {
+            // SAFETY: the caller's promises.
+            return unsafe { super::vnni_many::multiply(w, x, panels, rows, out) };
+        }
         if isa >= Isa::Vnni {
             // SAFETY: the caller's promises.
             return unsafe { super::vnni::multiply(w, x, panels, rows, out) };
@@ -108,9 +127,23 @@ unsafe fn quant(
     unsafe { int::portable(isa, w, x, panels, rows, out) }
 }
 
-/// Whether a product goes through the tile unit in bf16.
-fn tiled_bf16(isa: Isa, w: &Matrix) -> bool {
-    isa >= Isa::Amx && w.dtype() == DType::BF16
+/// How weights that are not quantised are multiplied.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Float {
+    /// In f32.
+    Single,
+    /// In bf16 by dot products of AVX-512.
+    Dots,
+    /// In bf16 by the tile unit.
+    Tiles,
+}
+
+pub(super) fn way(isa: Isa, dtype: DType) -> Float {
+    match dtype {
+        DType::BF16 if isa >= Isa::Amx => Float::Tiles,
+        DType::BF16 if isa >= Isa::Vnni && Cpu::get().avx512_bf16 => Float::Dots,
+        _ => Float::Single,
+    }
 }
 
 fn cut(
@@ -127,7 +160,7 @@ fn cut(
     let most = (panels * steps).div_ceil(PIECES * threads).max(1);
     for (product, (w, _)) in products.iter().enumerate() {
         match &w.store {
-            Store::Float(t) if !tiled_bf16(isa, w) => {
+            Store::Float(t) if way(isa, w.dtype()) == Float::Single => {
                 pieces.extend((0..t.units()).map(|u| Piece {
                     product,
                     panels: u..u + 1,
@@ -136,7 +169,7 @@ fn cut(
             }
             _ => {
                 let all = w.rows.div_ceil(PANEL);
-                // The bf16 kernel takes panels two by two.
+                // Kernels take panels two by two.
                 let most = most.next_multiple_of(2);
                 for row in (0..m).step_by(rows) {
                     for p in (0..all).step_by(most) {

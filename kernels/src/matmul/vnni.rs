@@ -13,7 +13,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// Bytes of each stream that are fetched ahead of use.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 1024;
 /// Streams of panels that are read side by side.
 const SIDE: usize = 4;
 
@@ -52,36 +52,49 @@ unsafe fn all<F: Format>(
     rows: Range<usize>,
     out: Out,
 ) {
+    // SAFETY: the processor has AVX-512.
+    let mut scales = unsafe { [Scales::zero(); SIDE] };
     let length = panels.len() / SIDE;
-    let streams = (panels.start..panels.start + length).map(|first| (first, SIDE));
-    let rest = (panels.start + length * SIDE..panels.end).map(|panel| (panel, 1));
-    for (panel, side) in streams.chain(rest) {
-        let at = Panels { first: panel, step: length };
+    let rest = panels.start + length * SIDE;
+    let pair = panels.end - rest >= 2;
+    let streams = (panels.start..panels.start + length).map(|first| (first, length, SIDE));
+    let pairs = pair.then_some((rest, 1, 2));
+    let last = (rest + if pair { 2 } else { 0 }..panels.end).map(|panel| (panel, 1, 1));
+    for (first, step, side) in streams.chain(pairs).chain(last) {
         let mut row = rows.start;
         while row < rows.end {
             // Rows of one call share a tile of the activations.
             let most = (rows.end - row).min(TILE - row % TILE);
-            // SAFETY: the caller's promises.
+            let at = Place { first, step, row };
+            // SAFETY: the caller's promises; panels and rows exist.
             row += unsafe {
                 match (most, side) {
-                    (1, SIDE) => rows_of::<F, 1, SIDE>(w, x, at, row, out),
-                    (1, _) => rows_of::<F, 1, 1>(w, x, at, row, out),
-                    // Unpacked nibbles are worth sharing among more rows than bytes are.
-                    (4.., SIDE) if !F::SIGNED => rows_of::<F, 4, SIDE>(w, x, at, row, out),
-                    (4.., _) if !F::SIGNED => rows_of::<F, 4, 1>(w, x, at, row, out),
-                    (_, SIDE) => rows_of::<F, 2, SIDE>(w, x, at, row, out),
-                    _ => rows_of::<F, 2, 1>(w, x, at, row, out),
+                    (1, SIDE) => rows_of::<F, 1, SIDE>(w, x, at, out, &mut scales),
+                    (1, 2) => rows_of::<F, 1, 2>(w, x, at, out, &mut scales),
+                    (1, _) => rows_of::<F, 1, 1>(w, x, at, out, &mut scales),
+                    // With more panels the sums of four rows do not fit the registers.
+                    (4.., SIDE) => {
+                        rows_of::<F, 4, 2>(w, x, at, out, &mut scales);
+                        let at = Place { first: first + 2 * step, ..at };
+                        rows_of::<F, 4, 2>(w, x, at, out, &mut scales)
+                    }
+                    (4.., 2) => rows_of::<F, 4, 2>(w, x, at, out, &mut scales),
+                    (4.., _) => rows_of::<F, 4, 1>(w, x, at, out, &mut scales),
+                    (_, SIDE) => rows_of::<F, 2, SIDE>(w, x, at, out, &mut scales),
+                    (_, 2) => rows_of::<F, 2, 2>(w, x, at, out, &mut scales),
+                    _ => rows_of::<F, 2, 1>(w, x, at, out, &mut scales),
                 }
             };
         }
     }
 }
 
-/// Panels `first`, `first + step`, …, one of each stream.
+/// Panels `first`, `first + step`, …, one of each stream, and the first row.
 #[derive(Clone, Copy)]
-struct Panels {
+struct Place {
     first: usize,
     step: usize,
+    row: usize,
 }
 
 /// Multiplies `P` panels with `M` rows and returns `M`.
@@ -92,47 +105,37 @@ struct Panels {
 unsafe fn rows_of<F: Format, const M: usize, const P: usize>(
     w: &QuantTiles,
     x: &Activations,
-    at: Panels,
-    row: usize,
+    at: Place,
     out: Out,
+    scales: &mut [Scales; SIDE],
 ) -> usize {
+    let row = at.row;
+    let scales = scales.first_chunk_mut::<P>().expect("as many streams at most");
     let g = w.geometry;
     let panels: [_; P] = std::array::from_fn(|p| w.panel(at.first + p * at.step).as_ptr());
     let (tile, stride) = x.tile(row / TILE);
-    // SAFETY: the processor has AVX-512.
-    let mut scales = unsafe { [Scales::zero(); P] };
     let mut sum = [[_mm512_setzero_ps(); M]; P];
     for block in 0..g.blocks {
         let groups = g.groups(block);
         // SAFETY: the block exists; rows are those of the tile; prefetching is harmless anywhere.
         unsafe {
-            for (panel, scales) in panels.iter().zip(&mut scales) {
+            for (panel, scales) in panels.iter().zip(&mut *scales) {
                 let head = panel.wrapping_add(g.scales_at(block) + AHEAD);
                 for i in 0..4 {
-                    _mm_prefetch::<_MM_HINT_T0>(head.wrapping_add(i * 64).cast());
+                    _mm_prefetch::<_MM_HINT_T1>(head.wrapping_add(i * 64).cast());
                 }
                 F::scales(*panel, &g, block, scales);
             }
             let levels = tile.add(block * 8 * stride + row % TILE * 64);
-            let place = Place { cols: g.cols, block, levels, stride, x, row };
+            let inputs = Inputs { cols: g.cols, block, levels, stride, x, row };
             let quants = panels.map(|panel| panel.add(g.quants_at(block)));
             let mut a = [[_mm512_setzero_si512(); M]; P];
-            if groups == F::GROUPS {
-                for j in 0..F::GROUPS {
-                    for p in 0..P {
-                        group::<F, M>(&place, quants[p], j, &scales[p], &mut a[p]);
-                    }
-                }
-            } else {
-                for j in 0..groups {
-                    for p in 0..P {
-                        group::<F, M>(&place, quants[p], j, &scales[p], &mut a[p]);
-                    }
-                }
+            for j in 0..groups {
+                group::<F, M, P>(&inputs, &quants, j, scales, &mut a);
             }
             for r in 0..M {
                 let scale = _mm512_set1_ps(*x.scale.get_unchecked((row + r) * g.blocks + block));
-                for ((sum, a), scales) in sum.iter_mut().zip(&a).zip(&scales) {
+                for ((sum, a), scales) in sum.iter_mut().zip(&a).zip(&*scales) {
                     let a = match F::WHOLE {
                         true => _mm512_mul_ps(_mm512_cvtepi32_ps(a[r]), scales.unit),
                         false => _mm512_castsi512_ps(a[r]),
@@ -153,8 +156,8 @@ unsafe fn rows_of<F: Format, const M: usize, const P: usize>(
     M
 }
 
-/// Where a block's operands are.
-struct Place<'a> {
+/// Where a block's inputs are.
+struct Inputs<'a> {
     cols: usize,
     block: usize,
     /// Levels of the first row in the block's first group of 32.
@@ -166,55 +169,75 @@ struct Place<'a> {
 }
 
 /// Adds one group to the block's scaled sums, which are integers where scales are whole, and else floats;
-/// `quants` is the panel's first group in the block.
+/// `quants` are the panels' first groups in the block.
 ///
 /// # Safety
 /// As [`multiply`]; the group exists.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn group<F: Format, const M: usize>(
-    at: &Place<'_>,
-    quants: *const u8,
+#[inline(always)]
+unsafe fn group<F: Format, const M: usize, const P: usize>(
+    at: &Inputs<'_>,
+    quants: &[*const u8; P],
     j: usize,
-    scales: &Scales,
-    a: &mut [__m512i; M],
+    scales: &[Scales; P],
+    a: &mut [[__m512i; M]; P],
 ) {
     // SAFETY: block, group and rows exist; prefetching is harmless anywhere.
     unsafe {
-        let weights = quants.add(j * F::BYTES);
-        for i in 0..F::BYTES / 64 {
-            _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_add(AHEAD + i * 64).cast());
+        let mut low = [[_mm512_setzero_si512(); M]; P];
+        let mut high = low;
+        if let Some(shift) = F::SHIFT {
+            let groups = at.cols / (F::VECTORS * 4);
+            let sums = if F::VECTORS == 4 { &at.x.sums16 } else { &at.x.sums32 };
+            for r in 0..M {
+                let i = (at.row + r) * groups + at.block * F::GROUPS + j;
+                let start = _mm512_set1_epi32(-(*sums.get_unchecked(i) << shift));
+                low.iter_mut().for_each(|low| low[r] = start);
+            }
         }
-        let q = F::quants(weights);
+        for quants in quants {
+            for i in 0..F::BYTES / 64 {
+                let ahead = quants.wrapping_add(j * F::BYTES + AHEAD + i * 64);
+                _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+            }
+        }
         let per32 = 8 / F::VECTORS;
         let levels = at.levels.add(j / per32 * at.stride + j % per32 * 16);
-        for (r, acc) in a.iter_mut().enumerate() {
-            let x = levels.add(r * 64).cast::<i32>();
-            let (mut hi, mut lo) = (_mm512_setzero_si512(), _mm512_setzero_si512());
-            if let Some(shift) = F::SHIFT {
-                let groups = at.cols / (F::VECTORS * 4);
-                let i = (at.row + r) * groups + at.block * F::GROUPS + j;
-                let sums = if F::VECTORS == 4 { &at.x.sums16 } else { &at.x.sums32 };
-                let sum = _mm512_set1_epi32(*sums.get_unchecked(i) << shift);
-                lo = _mm512_sub_epi32(lo, sum);
+        for i in 0..F::VECTORS / 2 {
+            let mut pairs = [[_mm512_setzero_si512(); 2]; P];
+            for (pair, panel) in pairs.iter_mut().zip(quants) {
+                *pair = F::pair(panel.add(j * F::BYTES), i);
             }
-            for (i, q) in q.iter().enumerate().take(F::VECTORS) {
-                hi = _mm512_dpbusd_epi32(hi, *q, _mm512_set1_epi32(x.add(i).read_unaligned()));
-                lo = _mm512_dpbusd_epi32(lo, *q, _mm512_set1_epi32(x.add(8 + i).read_unaligned()));
+            for r in 0..M {
+                let x = levels.add(r * 64 + i * 8).cast::<i32>();
+                let high0 = _mm512_set1_epi32(x.read_unaligned());
+                let high1 = _mm512_set1_epi32(x.add(1).read_unaligned());
+                let low0 = _mm512_set1_epi32(x.add(8).read_unaligned());
+                let low1 = _mm512_set1_epi32(x.add(9).read_unaligned());
+                for (p, [q0, q1]) in pairs.iter().enumerate() {
+                    high[p][r] = _mm512_dpbusd_epi32(high[p][r], *q0, high0);
+                    high[p][r] = _mm512_dpbusd_epi32(high[p][r], *q1, high1);
+                    low[p][r] = _mm512_dpbusd_epi32(low[p][r], *q0, low0);
+                    low[p][r] = _mm512_dpbusd_epi32(low[p][r], *q1, low1);
+                }
             }
-            let isum = _mm512_add_epi32(_mm512_slli_epi32::<HIGH_SHIFT>(hi), lo);
-            if F::WHOLE {
-                *acc = _mm512_add_epi32(*acc, _mm512_mullo_epi32(isum, scales.whole[j]));
-                continue;
+        }
+        for (p, (a, scales)) in a.iter_mut().zip(scales).enumerate() {
+            for (r, acc) in a.iter_mut().enumerate() {
+                let high = _mm512_slli_epi32::<HIGH_SHIFT>(high[p][r]);
+                let isum = _mm512_add_epi32(high, low[p][r]);
+                if F::WHOLE {
+                    *acc = _mm512_add_epi32(*acc, _mm512_mullo_epi32(isum, scales.whole[j]));
+                    continue;
+                }
+                let (isum, before) = (_mm512_cvtepi32_ps(isum), _mm512_castsi512_ps(*acc));
+                let mut sum = _mm512_fmadd_ps(scales.s[j % 8], isum, before);
+                if F::MINS {
+                    let i = at.x.sum_at(at.row + r, at.block * 8 + j);
+                    let xsum = _mm512_set1_ps(*at.x.sums.get_unchecked(i));
+                    sum = _mm512_fmadd_ps(scales.m[j % 8], xsum, sum);
+                }
+                *acc = _mm512_castps_si512(sum);
             }
-            let (isum, before) = (_mm512_cvtepi32_ps(isum), _mm512_castsi512_ps(*acc));
-            let mut sum = _mm512_fmadd_ps(scales.s[j % 8], isum, before);
-            if F::MINS {
-                let i = at.x.sum_at(at.row + r, at.block * 8 + j);
-                let xsum = _mm512_set1_ps(*at.x.sums.get_unchecked(i));
-                sum = _mm512_fmadd_ps(scales.m[j % 8], xsum, sum);
-            }
-            *acc = _mm512_castps_si512(sum);
         }
     }
 }
