@@ -20,49 +20,23 @@
 use super::activations::{Activations, HIGH};
 use super::packed::{Geometry, Kind, QuantTiles, group_values, row_scales};
 use super::{Out, PANEL};
-use crate::cpu::Isa;
 use crate::math::fma;
 
-/// Multiplies panels `panels` of `w` with rows `rows` of `x`.
+/// Multiplies panels `panels` of `w` with rows `rows` of `x`, with fused multiply-adds if `FMA`.
 ///
 /// # Safety
-/// `out` has the rows of `x` and the columns of `w`; nobody else writes these panels' columns; the
-/// processor has `isa`.
-pub(super) unsafe fn portable(
-    isa: Isa,
+/// `out` has the rows of `x` and the columns of `w`; nobody else writes these panels' columns of these
+/// rows.
+pub(super) unsafe fn plain<const FMA: bool>(
     w: &QuantTiles,
     x: &Activations,
     panels: std::ops::Range<usize>,
     rows: std::ops::Range<usize>,
     out: Out,
 ) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        /// # Safety
-        /// As [`portable`], with AVX2 and FMA.
-        #[target_feature(enable = "avx2,fma")]
-        unsafe fn avx2(
-            w: &QuantTiles,
-            x: &Activations,
-            panel: usize,
-            rows: std::ops::Range<usize>,
-            out: Out,
-        ) {
-            // SAFETY: the caller's promises.
-            unsafe { multiply::<true>(w, x, panel, rows, out) }
-        }
-        if isa >= Isa::Avx2 {
-            for panel in panels {
-                // SAFETY: the caller's promises; the processor has AVX2.
-                unsafe { avx2(w, x, panel, rows.clone(), out) };
-            }
-            return;
-        }
-    }
-    let _ = isa;
     for panel in panels {
         // SAFETY: the caller's promises.
-        unsafe { multiply::<false>(w, x, panel, rows.clone(), out) };
+        unsafe { multiply::<FMA>(w, x, panel, rows.clone(), out) };
     }
 }
 
@@ -98,8 +72,7 @@ fn expand(g: &Geometry, panel: &[u8], b: usize, out: &mut Block) {
 }
 
 /// # Safety
-/// As [`portable`].
-#[inline(always)]
+/// As [`plain`].
 unsafe fn multiply<const FMA: bool>(
     w: &QuantTiles,
     x: &Activations,
@@ -130,7 +103,6 @@ unsafe fn multiply<const FMA: bool>(
     }
 }
 
-#[inline(always)]
 fn block_row<const FMA: bool>(
     g: &Geometry,
     block: &Block,

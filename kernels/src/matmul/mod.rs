@@ -17,6 +17,8 @@ mod amx_unit;
 #[cfg(target_arch = "x86_64")]
 mod amx_whole;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod bf16;
 mod float;
 mod float_kernels;

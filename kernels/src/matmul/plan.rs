@@ -122,9 +122,13 @@ unsafe fn quant(
             // SAFETY: the caller's promises.
             return unsafe { super::vnni::multiply(w, x, panels, rows, out) };
         }
+        if isa >= Isa::Avx2 {
+            // SAFETY: the caller's promises.
+            return unsafe { super::avx2::multiply(w, x, panels, rows, out) };
+        }
     }
     // SAFETY: the caller's promises.
-    unsafe { int::portable(isa, w, x, panels, rows, out) }
+    unsafe { int::plain::<false>(w, x, panels, rows, out) }
 }
 
 /// How weights that are not quantised are multiplied.
