@@ -5,12 +5,11 @@
 
 use super::float::FloatTiles;
 use super::halves::Rounded;
+use super::vnni::{SIDE, streams};
 use super::{Out, PANEL};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// Streams of panels that are read side by side, see [`super::vnni`].
-const SIDE: usize = 4;
 /// Bytes of each stream that are fetched ahead of use.
 const AHEAD: usize = 1024;
 /// Rows that are multiplied together.
@@ -32,32 +31,28 @@ pub(super) unsafe fn multiply(
     rows: Range<usize>,
     out: Out,
 ) {
-    let length = panels.len() / SIDE;
-    let streams = (panels.start..panels.start + length).map(|first| (first, SIDE));
-    let rest = (panels.start + length * SIDE..panels.end).map(|panel| (panel, 1));
     let chunk = if rows.len() > ROWS { CHUNK } else { x.pairs() };
-    for (first, side) in streams.chain(rest) {
+    for (first, step, side) in streams(panels) {
         for from in (0..x.pairs()).step_by(chunk) {
             let pairs = from..(from + chunk).min(x.pairs());
-            for row in rows.clone().step_by(ROWS) {
-                let at = Place { first, step: length, row, pairs: pairs.clone() };
+            let mut row = rows.start;
+            while row < rows.end {
+                let at = Place { first, step, row, pairs: pairs.clone() };
                 // SAFETY: the caller's promises; panels, rows and pairs exist.
-                unsafe {
+                row += unsafe {
                     match (rows.end - row, side) {
-                        (6.., SIDE) => tile::<6, SIDE>(w, x, &at, out),
-                        (5, SIDE) => tile::<5, SIDE>(w, x, &at, out),
-                        (4, SIDE) => tile::<4, SIDE>(w, x, &at, out),
-                        (3, SIDE) => tile::<3, SIDE>(w, x, &at, out),
-                        (2, SIDE) => tile::<2, SIDE>(w, x, &at, out),
+                        (ROWS.., SIDE) => tile::<ROWS, SIDE>(w, x, &at, out),
+                        (4.., SIDE) => tile::<4, SIDE>(w, x, &at, out),
+                        (2.., SIDE) => tile::<2, SIDE>(w, x, &at, out),
                         (_, SIDE) => tile::<1, SIDE>(w, x, &at, out),
-                        (6.., _) => tile::<6, 1>(w, x, &at, out),
-                        (5, _) => tile::<5, 1>(w, x, &at, out),
-                        (4, _) => tile::<4, 1>(w, x, &at, out),
-                        (3, _) => tile::<3, 1>(w, x, &at, out),
-                        (2, _) => tile::<2, 1>(w, x, &at, out),
+                        (ROWS.., 2) => tile::<ROWS, 2>(w, x, &at, out),
+                        (4.., 2) => tile::<4, 2>(w, x, &at, out),
+                        (2.., 2) => tile::<2, 2>(w, x, &at, out),
+                        (_, 2) => tile::<1, 2>(w, x, &at, out),
+                        (4.., _) => tile::<4, 1>(w, x, &at, out),
                         _ => tile::<1, 1>(w, x, &at, out),
                     }
-                }
+                };
             }
         }
     }
@@ -71,12 +66,17 @@ struct Place {
     pairs: Range<usize>,
 }
 
-/// Multiplies `P` panels with `M` rows.
+/// Multiplies `P` panels with `M` rows and returns `M`.
 ///
 /// # Safety
 /// As [`multiply`]; panels, rows and pairs exist.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn tile<const M: usize, const P: usize>(w: &FloatTiles, x: &Rounded, at: &Place, out: Out) {
+unsafe fn tile<const M: usize, const P: usize>(
+    w: &FloatTiles,
+    x: &Rounded,
+    at: &Place,
+    out: Out,
+) -> usize {
     let panel = |p: usize| at.first + p * at.step;
     let masks: [__mmask16; P] =
         std::array::from_fn(|p| u16::MAX >> (PANEL - PANEL.min(w.rows() - panel(p) * PANEL)));
@@ -94,14 +94,14 @@ unsafe fn tile<const M: usize, const P: usize>(w: &FloatTiles, x: &Rounded, at: 
             }
         }
         for k in at.pairs.clone() {
-            let mut q = [pairs(_mm512_setzero_si512()); P];
+            let mut q = [as_bf16(_mm512_setzero_si512()); P];
             for (q, weights) in q.iter_mut().zip(&weights) {
                 let from = weights.add(k * 64);
                 _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(AHEAD).cast());
-                *q = pairs(_mm512_loadu_si512(from.cast()));
+                *q = as_bf16(_mm512_loadu_si512(from.cast()));
             }
             for (r, x) in inputs.iter().enumerate() {
-                let x = pairs(_mm512_set1_epi32(x.add(k).read().cast_signed()));
+                let x = as_bf16(_mm512_set1_epi32(x.add(k).read().cast_signed()));
                 for (sum, q) in sum.iter_mut().zip(&q) {
                     sum[r] = _mm512_dpbf16_ps(sum[r], *q, x);
                 }
@@ -113,12 +113,13 @@ unsafe fn tile<const M: usize, const P: usize>(w: &FloatTiles, x: &Rounded, at: 
             }
         }
     }
+    M
 }
 
 /// The same bits as pairs of bf16.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn pairs(bits: __m512i) -> __m512bh {
+fn as_bf16(bits: __m512i) -> __m512bh {
     // SAFETY: both are any 512 bits.
     unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
 }

@@ -1,5 +1,5 @@
-//! Products in f32 arithmetic: F32 as it is, every other type expanded tile by tile (BF16 where there
-//! is no AMX).
+//! Products in f32 arithmetic: F32 as it is, every other type expanded tile by tile (BF16 where the
+//! processor has no products of its own for it).
 //!
 //! The sum of an output value runs over its inputs in ascending order, one fused multiply-add each,
 //! in chunks of [`CHUNK`] whose sums are added up in order.

@@ -1,8 +1,9 @@
 //! Activations prepared for bf16 products.
 //!
 //! For the tile unit an input is split into two bf16 values, `x ≈ hi + lo`, which keeps 16 of its 24
-//! bits: `hi` is cut off, so it never overflows, `lo` is the rest, rounded. Dot products of AVX-512, at
-//! whose rate a second product for `lo` would be no faster than f32, take inputs rounded to bf16, 8 bits.
+//! bits: `hi` is cut off, so it never overflows, `lo` is the rest, rounded. Dot products of AVX-512 take
+//! inputs rounded to bf16, 8 bits: with a second product for `lo` they would be no faster than f32 (on
+//! Zen 4, where they have twice its rate).
 
 use super::activations::TILE;
 use super::float::DEPTH;
@@ -91,7 +92,8 @@ impl Rounded {
     }
 }
 
-/// The bf16 nearest to a value, ties to even; what is not finite becomes NaN or stays infinite.
+/// The bf16 nearest to a value, ties to even. NaN stays one; what is within half a step of the largest
+/// float becomes infinite.
 #[inline(always)]
 fn nearest(bits: u32) -> u16 {
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;

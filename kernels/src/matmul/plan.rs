@@ -173,7 +173,7 @@ fn cut(
             }
             _ => {
                 let all = w.rows.div_ceil(PANEL);
-                // Kernels take panels two by two.
+                // Kernels take panels two by two or four by four.
                 let most = most.next_multiple_of(2);
                 for row in (0..m).step_by(rows) {
                     for p in (0..all).step_by(most) {

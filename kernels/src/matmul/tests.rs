@@ -49,13 +49,16 @@ fn isas() -> Vec<Isa> {
     all.into_iter().filter(|i| *i <= Cpu::get().isa).collect()
 }
 
-/// The largest [`error`] that a product may have: what rounding its inputs costs, and its sums.
-fn bound(isa: Isa, dtype: DType) -> f64 {
-    match (Kind::of(dtype), plan::way(isa, dtype)) {
-        (Some(_), _) => 4e-4,
-        // Half a step of eight bits.
-        (None, plan::Float::Dots) => 1.0 / 256.0,
-        (None, _) => 3e-5,
+/// The largest [`error`] that a product may have beside that of [`seen`].
+fn bound(dtype: DType) -> f64 {
+    if Kind::of(dtype).is_some() { 4e-4 } else { 3e-5 }
+}
+
+/// The inputs that a product multiplies with, as far as that is told beforehand.
+fn seen(isa: Isa, dtype: DType, x: &[f32]) -> Vec<f32> {
+    match plan::way(isa, dtype) {
+        plan::Float::Dots => x.iter().map(|v| half::bf16::from_f32(*v).to_f32()).collect(),
+        _ => x.to_vec(),
     }
 }
 
@@ -95,11 +98,22 @@ fn error(wide: &[f32], x: &[f32], y: &[f32], k: usize) -> f64 {
     worst
 }
 
+/// The last ones are cut, for two threads, into pieces of twelve panels and one of seven: streams, a
+/// pair and a single one.
 fn shapes(dtype: DType) -> Vec<(usize, usize)> {
     match dtype.block_len() {
-        1 => vec![(1, 1), (3, 7), (17, 33), (64, 64), (100, 515), (70, 1100), (31, 96)],
-        32 => vec![(1, 32), (5, 64), (17, 96), (192, 576), (33, 288), (50, 1056), (600, 96)],
-        _ => vec![(1, 256), (19, 512), (64, 1536), (40, 768), (1400, 512)],
+        1 => vec![(1, 1), (3, 7), (17, 33), (64, 64), (100, 515), (70, 1100), (31, 96), (1451, 40)],
+        32 => vec![
+            (1, 32),
+            (5, 64),
+            (17, 96),
+            (192, 576),
+            (33, 288),
+            (50, 1056),
+            (600, 96),
+            (1451, 32),
+        ],
+        _ => vec![(1, 256), (19, 512), (64, 1536), (40, 768), (1400, 512), (1451, 256)],
     }
 }
 
@@ -123,8 +137,8 @@ fn every_type_and_instruction_set_is_faithful() {
                 let x = rng.floats(m * k, 2.0);
                 for isa in isas() {
                     let y = product(isa, &pool, &w, &x, m);
-                    let worst = error(&wide, &x, &y, k);
-                    assert!(worst < bound(isa, dtype), "{dtype} {isa:?} {n}x{k} m={m}: {worst}");
+                    let worst = error(&wide, &seen(isa, dtype, &x), &y, k);
+                    assert!(worst < bound(dtype), "{dtype} {isa:?} {n}x{k} m={m}: {worst}");
                 }
             }
         }
@@ -217,7 +231,8 @@ fn extreme_inputs_stay_defined() {
                     assert!(v.is_finite() && (!tiny || v.abs() < 1e-25), "{dtype} {isa:?} {i} {v}");
                 }
                 if scale == 1e30 {
-                    assert!(error(&wide, &x, &y, k) < bound(isa, dtype), "{dtype} {isa:?}");
+                    let worst = error(&wide, &seen(isa, dtype, &x), &y, k);
+                    assert!(worst < bound(dtype), "{dtype} {isa:?} {worst}");
                 }
             }
             // One outlier costs the others of its block half a step of 1/2032 of it, nobody else.
@@ -258,8 +273,8 @@ fn f32_storage_and_bf16_storage() {
         let x = rng.floats(4 * k, 1.0);
         let isa = Cpu::get().isa;
         let y = product(isa, &pool, &w, &x, 4);
-        let bound = if dtype == DType::F32 { 2e-6 } else { bound(isa, dtype) };
-        assert!(error(want, &x, &y, k) < bound, "{dtype}");
+        let bound = if dtype == DType::F32 { 2e-6 } else { 1.2e-5 };
+        assert!(error(want, &seen(isa, dtype, &x), &y, k) < bound, "{dtype}");
     }
 }
 

@@ -3,7 +3,10 @@
 //! With one row the memory decides. A core that walks through one panel after the other has one
 //! stream of requests open and waits at every page's first lines; with four streams side by side it
 //! reads a third faster. Each stream takes a quarter of a piece's panels, one behind the other, so
-//! that it is as long as can be.
+//! that it is as long as can be; what is left goes as a pair and a single one. Lines are fetched to the
+//! second cache: with the first, further ahead, Zen 4 reads at three quarters of its memory's rate.
+//!
+//! From [`super::plan`]'s `MANY` rows on the processor's rate decides: [`super::vnni_many`].
 
 use super::activations::{Activations, HIGH_SHIFT, TILE};
 use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales};
@@ -15,13 +18,13 @@ use std::ops::Range;
 /// Bytes of each stream that are fetched ahead of use.
 const AHEAD: usize = 1024;
 /// Streams of panels that are read side by side.
-const SIDE: usize = 4;
+pub(super) const SIDE: usize = 4;
 
 /// Multiplies panels `panels` of `w` with rows `rows` of `x`; see [`super::int`] for the definition.
 ///
 /// # Safety
-/// `out` has the rows of `x` and the columns of `w`; nobody else writes these panels' columns; the
-/// processor has AVX-512 with VNNI.
+/// `out` has the rows of `x` and the columns of `w`; nobody else writes these panels' columns of
+/// these rows; the processor has AVX-512 with VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) unsafe fn multiply(
     w: &QuantTiles,
@@ -42,6 +45,19 @@ pub(super) unsafe fn multiply(
     }
 }
 
+/// Cuts panels into what is read side by side: the first panel, the distance to the next, and how many.
+/// First [`SIDE`] streams as long as can be, then a pair of what is left, then a single one.
+pub(super) fn streams(panels: Range<usize>) -> impl Iterator<Item = (usize, usize, usize)> {
+    let length = panels.len() / SIDE;
+    let rest = panels.start + length * SIDE;
+    let pair = (panels.end - rest >= 2).then_some((rest, 1, 2));
+    let single = (panels.len() % 2 == 1).then(|| (panels.end - 1, 1, 1));
+    (panels.start..panels.start + length)
+        .map(move |first| (first, length, SIDE))
+        .chain(pair)
+        .chain(single)
+}
+
 /// # Safety
 /// As [`multiply`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -54,13 +70,7 @@ unsafe fn all<F: Format>(
 ) {
     // SAFETY: the processor has AVX-512.
     let mut scales = unsafe { [Scales::zero(); SIDE] };
-    let length = panels.len() / SIDE;
-    let rest = panels.start + length * SIDE;
-    let pair = panels.end - rest >= 2;
-    let streams = (panels.start..panels.start + length).map(|first| (first, length, SIDE));
-    let pairs = pair.then_some((rest, 1, 2));
-    let last = (rest + if pair { 2 } else { 0 }..panels.end).map(|panel| (panel, 1, 1));
-    for (first, step, side) in streams.chain(pairs).chain(last) {
+    for (first, step, side) in streams(panels) {
         let mut row = rows.start;
         while row < rows.end {
             // Rows of one call share a tile of the activations.

@@ -35,8 +35,8 @@ thread_local! {
 /// Multiplies panels `panels` of `w` with rows `rows` of `x`.
 ///
 /// # Safety
-/// `out` has the rows of `x` and the columns of `w`; nobody else writes these panels' columns; the
-/// processor has AVX-512 with VNNI.
+/// `out` has the rows of `x` and the columns of `w`; nobody else writes these panels' columns of
+/// these rows; the processor has AVX-512 with VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) unsafe fn multiply(
     w: &QuantTiles,
@@ -83,14 +83,15 @@ unsafe fn all<F: Format>(
                 // SAFETY: panel and block exist.
                 unsafe { expand::<F>(w, panel + p, block, p, scratch) };
             }
-            let mut ahead = Ahead::new(w, panel, side, block, &rows);
+            let mut ahead = Ahead::new(w, panel, side, block, panels.end, rows.len());
             let mut row = rows.start;
             while row < rows.end {
                 ahead.fetch();
                 let at = Place { panel, block, row };
                 // Rows of one call share a tile of the activations.
                 let most = (rows.end - row).min(TILE - row % TILE);
-                // SAFETY: the caller's promises; panels, block and rows exist.
+                // SAFETY: the caller's promises; panels, block and rows exist, the block is expanded
+                // and the rows share a tile.
                 row += unsafe {
                     match (most, side) {
                         (6.., SIDE) if F::NIBBLES => tile::<F, 6, SIDE>(w, x, at, scratch, out),
@@ -139,24 +140,39 @@ unsafe fn expand<F: Format>(
     }
 }
 
-/// The weights that come next, fetched while those before them are used.
+/// The weights that are expanded next, fetched to the second cache while those before them are used.
 struct Ahead {
+    /// Where they begin in each panel.
     next: [*const u8; SIDE],
-    /// Cache lines of each panel that are left, and how many go at a time.
+    /// Panels, and cache lines of each that are left, and how many go at a time.
+    side: usize,
     left: usize,
     share: usize,
 }
 
 impl Ahead {
-    fn new(w: &QuantTiles, panel: usize, side: usize, block: usize, rows: &Range<usize>) -> Self {
+    /// What follows block `block` of the `side` panels from `panel` on, for a job that ends at panel
+    /// `end`, in shares for `rows` rows.
+    fn new(
+        w: &QuantTiles,
+        panel: usize,
+        side: usize,
+        block: usize,
+        end: usize,
+        rows: usize,
+    ) -> Self {
         let g = &w.geometry;
-        let at = |block: usize| if block == 0 { 0 } else { g.scales_at(block) };
-        let next = if block + 1 < g.blocks { (panel, at(block + 1)) } else { (panel + side, 0) };
-        let first = w.panel(panel).as_ptr().wrapping_sub(panel * g.panel_bytes);
-        let next =
-            std::array::from_fn(|p| first.wrapping_add((next.0 + p) * g.panel_bytes + next.1));
-        let left = (g.quants_at(0) + g.groups(0) * g.kind.group_bytes()).div_ceil(64);
-        Ahead { next, left, share: left.div_ceil(rows.len().div_ceil(4)) }
+        let whole = |block: usize| g.quants_at(block) + g.groups(block) * g.kind.group_bytes();
+        let (panel, side, bytes) = match block + 1 {
+            next if next < g.blocks => (panel, side, g.scales_at(next)..whole(next)),
+            // The last panels of a job are followed by nothing of it.
+            _ => (panel + side, SIDE.min(end - panel - side), 0..whole(0)),
+        };
+        let at = |p: usize| w.panel(panel + p)[bytes.start..].as_ptr();
+        let next = std::array::from_fn(|p| if p < side { at(p) } else { std::ptr::null() });
+        let left = bytes.len().div_ceil(64);
+        // Eight rows a tile at most.
+        Ahead { next, side, left, share: left.div_ceil(rows.div_ceil(8)) }
     }
 
     /// Fetches a share of them.
@@ -164,10 +180,10 @@ impl Ahead {
     fn fetch(&mut self) {
         let lines = self.share.min(self.left);
         self.left -= lines;
-        for next in &mut self.next {
+        for next in &mut self.next[..self.side] {
             for _ in 0..lines {
                 // SAFETY: fetching is harmless anywhere.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(next.cast()) };
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(next.cast()) };
                 *next = next.wrapping_add(64);
             }
         }
@@ -262,25 +278,45 @@ unsafe fn tile<F: Format, const M: usize, const P: usize>(
             }
         }
     }
-    for p in 0..P {
-        let mask = w.columns(at.panel + p);
-        for r in 0..M {
-            let a = match F::WHOLE {
-                true => _mm512_mul_ps(_mm512_cvtepi32_ps(a[p][r]), scratch.scales[p].unit),
-                false => _mm512_castsi512_ps(a[p][r]),
-            };
-            // SAFETY: the row and the unmasked columns are in the output, and this task's alone.
-            unsafe {
-                let scale = *x.scale.get_unchecked((at.row + r) * g.blocks + at.block);
-                let to = out.at(at.row + r, (at.panel + p) * PANEL);
-                let before = match at.block {
-                    0 => _mm512_setzero_ps(),
-                    _ => _mm512_maskz_loadu_ps(mask, to),
-                };
-                let sum = _mm512_fmadd_ps(a, _mm512_set1_ps(scale), before);
-                _mm512_mask_storeu_ps(to, mask, sum);
-            }
-        }
+    for (p, a) in a.iter().enumerate() {
+        // SAFETY: the caller's promises.
+        unsafe {
+            write::<F, M>(w, x, Place { panel: at.panel + p, ..at }, &scratch.scales[p], a, out)
+        };
     }
     M
+}
+
+/// Adds the scaled sums `a` of a block of a panel to `M` rows of the output; the first block begins it.
+///
+/// # Safety
+/// As [`multiply`]; panel, block and rows exist.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn write<F: Format, const M: usize>(
+    w: &QuantTiles,
+    x: &Activations,
+    at: Place,
+    scales: &Scales,
+    a: &[__m512i; M],
+    out: Out,
+) {
+    let mask = w.columns(at.panel);
+    for (r, a) in a.iter().enumerate() {
+        let a = match F::WHOLE {
+            true => _mm512_mul_ps(_mm512_cvtepi32_ps(*a), scales.unit),
+            false => _mm512_castsi512_ps(*a),
+        };
+        // SAFETY: the row and the unmasked columns are in the output, and this task's alone.
+        unsafe {
+            let scale = *x.scale.get_unchecked((at.row + r) * w.geometry.blocks + at.block);
+            let to = out.at(at.row + r, at.panel * PANEL);
+            let before = match at.block {
+                0 => _mm512_setzero_ps(),
+                _ => _mm512_maskz_loadu_ps(mask, to),
+            };
+            let sum = _mm512_fmadd_ps(a, _mm512_set1_ps(scale), before);
+            _mm512_mask_storeu_ps(to, mask, sum);
+        }
+    }
 }
