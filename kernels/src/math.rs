@@ -9,6 +9,17 @@ pub(crate) fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
+/// The exact value of a half, without a branch, so that it becomes vectors.
+#[inline(always)]
+pub(crate) fn half_to_f32(half: half::f16) -> f32 {
+    // 2^112, the difference of the exponents' offsets.
+    const SCALE: f32 = f32::from_bits((112 + 127) << 23);
+    let bits = u32::from(half.to_bits());
+    let value = f32::from_bits((bits & 0x7fff) << 13) * SCALE;
+    let special = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+    f32::from_bits(value.to_bits() | special | (bits & 0x8000) << 16)
+}
+
 /// e^x within 2 ulp. Results below the normal range are flushed to 0, overflow gives infinity, NaN
 /// stays NaN, and `exp(0) == 1` exactly.
 ///

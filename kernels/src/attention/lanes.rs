@@ -1,7 +1,7 @@
 //! The two products of attention over 16 keys: plain Rust and AVX-512, same order of sums.
 
 use super::kernel::{KEYS, LANES};
-use crate::math::{exp, fma, sum16};
+use crate::math::{exp, fma, half_to_f32, sum16};
 use half::f16;
 use std::ops::Range;
 
@@ -34,15 +34,9 @@ impl Element for f32 {
 }
 
 impl Element for f16 {
-    /// Without a branch, so that it becomes vectors.
     #[inline(always)]
     fn widen(self) -> f32 {
-        // 2^112, the difference of the exponents' offsets.
-        const SCALE: f32 = f32::from_bits((112 + 127) << 23);
-        let bits = u32::from(self.to_bits());
-        let value = f32::from_bits((bits & 0x7fff) << 13) * SCALE;
-        let special = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
-        f32::from_bits(value.to_bits() | special | (bits & 0x8000) << 16)
+        half_to_f32(self)
     }
 
     #[cfg(target_arch = "x86_64")]

@@ -4,7 +4,7 @@
 //! The sum of an output value runs over its inputs in ascending order, one fused multiply-add each,
 //! in chunks of [`CHUNK`] whose sums are added up in order.
 
-use super::float_kernels::{Micro, micro};
+use super::float_kernels::{Brain, Half, Micro, Single, Stored, micro};
 use super::{Out, PANEL};
 use crate::buffer::{Arena, Buffer};
 use crate::cpu::Isa;
@@ -18,6 +18,8 @@ const CHUNK: usize = 512;
 pub(super) const DEPTH: usize = 32;
 /// Panels that are multiplied together.
 const UNIT: usize = 4;
+/// Up to so many rows F16 and BF16 are widened as they are read, with more of them once for all.
+const FEW: usize = 6;
 
 /// Weights that are multiplied in f32.
 pub(super) struct FloatTiles {
@@ -164,47 +166,70 @@ impl FloatTiles {
     /// `x` is `[m][cols]`, `out` has `m` rows of `rows` columns, nobody else writes the unit's
     /// columns, and the processor has `isa`.
     pub(super) unsafe fn multiply(&self, isa: Isa, unit: usize, x: &[f32], m: usize, out: Out) {
-        SCRATCH.with_borrow_mut(|scratch| {
-            let first = unit * UNIT * PANEL;
-            let columns = (self.rows - first).min(UNIT * PANEL);
-            let mut at = 0;
-            loop {
-                let len = (self.cols - at).min(CHUNK);
-                let (w, panel_stride) = self.chunk(first, columns, at, len, scratch);
-                let job = Micro {
-                    x: x[at..].as_ptr(),
-                    x_stride: self.cols,
-                    w,
-                    panel_stride,
-                    len,
-                    first,
-                    columns,
-                    add: at > 0,
-                    out,
-                };
-                // SAFETY: the caller's promises; `w` holds the unit's panels for this chunk.
-                unsafe { micro(isa, &job, m) };
-                at += len;
-                if at >= self.cols {
-                    return;
-                }
+        // SAFETY: the caller's promises; where nothing is expanded, panels are stored as the type says.
+        unsafe {
+            match self.dtype {
+                DType::F32 => self.chunks::<Single>(isa, unit, x, m, out, None),
+                DType::F16 if m <= FEW => self.chunks::<Half>(isa, unit, x, m, out, None),
+                DType::BF16 if m <= FEW => self.chunks::<Brain>(isa, unit, x, m, out, None),
+                _ => SCRATCH.with_borrow_mut(|scratch| {
+                    self.chunks::<Single>(isa, unit, x, m, out, Some(scratch));
+                }),
             }
-        });
+        }
     }
 
-    /// The panels of `columns` columns from `first` on, inputs `at..at + len`, and their distance.
-    fn chunk(
+    /// [`Self::multiply`], chunk by chunk, of panels stored as `S` or expanded to `scratch`.
+    ///
+    /// # Safety
+    /// As [`Self::multiply`]; panels are stored as `S` where there is no `scratch`.
+    unsafe fn chunks<S: Stored>(
+        &self,
+        isa: Isa,
+        unit: usize,
+        x: &[f32],
+        m: usize,
+        out: Out,
+        mut scratch: Option<&mut Buffer>,
+    ) {
+        let first = unit * UNIT * PANEL;
+        let columns = (self.rows - first).min(UNIT * PANEL);
+        for at in (0..self.cols).step_by(CHUNK) {
+            let len = (self.cols - at).min(CHUNK);
+            let (w, panel_stride) = match &mut scratch {
+                Some(scratch) => self.expanded(first, columns, at, len, scratch),
+                None => {
+                    let bytes = panel_bytes(self.dtype, self.cols);
+                    let start = first / PANEL * bytes + at * PANEL * self.dtype.block_bytes();
+                    (self.data.bytes()[start..].as_ptr(), bytes)
+                }
+            };
+            let job = Micro {
+                x: x[at..].as_ptr(),
+                x_stride: self.cols,
+                w,
+                panel_stride,
+                len,
+                first,
+                columns,
+                add: at > 0,
+                out,
+            };
+            // SAFETY: the caller's promises; `w` holds the unit's panels for this chunk.
+            unsafe { micro::<S>(isa, &job, m) };
+        }
+    }
+
+    /// The panels of `columns` columns from `first` on, inputs `at..at + len`, expanded, and the bytes
+    /// between them.
+    fn expanded(
         &self,
         first: usize,
         columns: usize,
         at: usize,
         len: usize,
         scratch: &mut Buffer,
-    ) -> (*const f32, usize) {
-        if self.dtype == DType::F32 {
-            let start = first * self.cols + at * PANEL;
-            return (self.data.floats()[start..].as_ptr(), self.cols * PANEL);
-        }
+    ) -> (*const u8, usize) {
         scratch.reserve((UNIT * PANEL + 1) * CHUNK * 4);
         let (tiles, one) = scratch.floats_mut().split_at_mut(UNIT * PANEL * CHUNK);
         for p in 0..columns.div_ceil(PANEL) {
@@ -230,7 +255,7 @@ impl FloatTiles {
                 }
             }
         }
-        (tiles.as_ptr(), CHUNK * PANEL)
+        (tiles.as_ptr().cast(), CHUNK * PANEL * 4)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{Out, PANEL};
 use crate::cpu::Isa;
-use crate::math::fma;
+use crate::math::{fma, half_to_f32};
 
 /// One chunk of inputs times up to four panels.
 pub(super) struct Micro {
@@ -10,9 +10,9 @@ pub(super) struct Micro {
     pub(super) x: *const f32,
     /// Elements between rows of `x`.
     pub(super) x_stride: usize,
-    /// The first panel, `[len][PANEL]`.
-    pub(super) w: *const f32,
-    /// Elements between panels.
+    /// The first panel: `[len][PANEL]`, of BF16 `[pair][PANEL][2]`.
+    pub(super) w: *const u8,
+    /// Bytes between panels.
     pub(super) panel_stride: usize,
     /// Inputs of the chunk.
     pub(super) len: usize,
@@ -26,50 +26,130 @@ pub(super) struct Micro {
     pub(super) out: Out,
 }
 
+/// How an element of a panel is stored.
+pub(super) trait Stored {
+    /// Column `k` of the panel at `w`.
+    ///
+    /// # Safety
+    /// The panel has the column.
+    unsafe fn column(w: *const u8, k: usize) -> [f32; PANEL];
+
+    /// The same as a vector.
+    ///
+    /// # Safety
+    /// As [`Stored::column`]; the processor has AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn vector(w: *const u8, k: usize) -> std::arch::x86_64::__m512;
+}
+
+/// F32.
+pub(super) struct Single;
+/// F16.
+pub(super) struct Half;
+/// Pairs of BF16.
+pub(super) struct Brain;
+
+impl Stored for Single {
+    #[inline(always)]
+    unsafe fn column(w: *const u8, k: usize) -> [f32; PANEL] {
+        // SAFETY: the caller's promise.
+        unsafe { w.cast::<[f32; PANEL]>().add(k).read_unaligned() }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn vector(w: *const u8, k: usize) -> std::arch::x86_64::__m512 {
+        // SAFETY: the caller's promise.
+        unsafe { std::arch::x86_64::_mm512_loadu_ps(w.cast::<f32>().add(k * PANEL)) }
+    }
+}
+
+impl Stored for Half {
+    #[inline(always)]
+    unsafe fn column(w: *const u8, k: usize) -> [f32; PANEL] {
+        // SAFETY: the caller's promise.
+        let bits = unsafe { w.cast::<[u16; PANEL]>().add(k).read_unaligned() };
+        bits.map(|bits| half_to_f32(half::f16::from_bits(bits)))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx2")]
+    unsafe fn vector(w: *const u8, k: usize) -> std::arch::x86_64::__m512 {
+        use std::arch::x86_64::{_mm256_loadu_si256, _mm512_cvtph_ps};
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(w.add(k * PANEL * 2).cast())) }
+    }
+}
+
+impl Stored for Brain {
+    #[inline(always)]
+    unsafe fn column(w: *const u8, k: usize) -> [f32; PANEL] {
+        // SAFETY: the caller's promise.
+        let pairs = unsafe { w.cast::<[u32; PANEL]>().add(k / 2).read_unaligned() };
+        let low = if k.is_multiple_of(2) { 16 } else { 0 };
+        pairs.map(|pair| f32::from_bits(pair << low & 0xffff_0000))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn vector(w: *const u8, k: usize) -> std::arch::x86_64::__m512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        let pairs = unsafe { _mm512_loadu_si512(w.add(k / 2 * PANEL * 4).cast()) };
+        let low = if k.is_multiple_of(2) { 16 } else { 0 };
+        let high = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+        let bits = _mm512_and_si512(_mm512_sll_epi32(pairs, _mm_cvtsi32_si128(low)), high);
+        _mm512_castsi512_ps(bits)
+    }
+}
+
 /// Multiplies rows `0..m`.
 ///
 /// # Safety
-/// All of `job` points to memory of the shape it says and the processor has `isa`.
-pub(super) unsafe fn micro(isa: Isa, job: &Micro, m: usize) {
+/// All of `job` points to memory of the shape it says, stored as `S`, and the processor has `isa`.
+pub(super) unsafe fn micro<S: Stored>(isa: Isa, job: &Micro, m: usize) {
     #[cfg(target_arch = "x86_64")]
     {
         if isa >= Isa::Avx512 {
             // SAFETY: the caller's promises.
-            return unsafe { avx512::rows(job, m) };
+            return unsafe { avx512::rows::<S>(job, m) };
         }
         if isa >= Isa::Avx2 {
             // SAFETY: the caller's promises.
-            return unsafe { avx2_rows(job, m) };
+            return unsafe { avx2_rows::<S>(job, m) };
         }
     }
     let _ = isa;
     // SAFETY: the caller's promises.
-    unsafe { rows::<false>(job, m) }
+    unsafe { rows::<S, false>(job, m) }
 }
 
 /// # Safety
 /// As [`micro`], with AVX2 and FMA.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2_rows(job: &Micro, m: usize) {
+unsafe fn avx2_rows<S: Stored>(job: &Micro, m: usize) {
     // SAFETY: the caller's promises.
-    unsafe { rows::<true>(job, m) }
+    unsafe { rows::<S, true>(job, m) }
 }
 
 /// # Safety
 /// As [`micro`].
 #[inline(always)]
-unsafe fn rows<const FMA: bool>(job: &Micro, m: usize) {
+unsafe fn rows<S: Stored, const FMA: bool>(job: &Micro, m: usize) {
     for panel in 0..job.columns.div_ceil(PANEL) {
         let mut r = 0;
         while r + 4 <= m {
             // SAFETY: the caller's promises.
-            unsafe { tile::<4, FMA>(job, r, panel) };
+            unsafe { tile::<S, 4, FMA>(job, r, panel) };
             r += 4;
         }
         while r < m {
             // SAFETY: the caller's promises.
-            unsafe { tile::<1, FMA>(job, r, panel) };
+            unsafe { tile::<S, 1, FMA>(job, r, panel) };
             r += 1;
         }
     }
@@ -78,17 +158,17 @@ unsafe fn rows<const FMA: bool>(job: &Micro, m: usize) {
 /// # Safety
 /// As [`micro`]; rows `row..row + R` and the panel exist.
 #[inline(always)]
-unsafe fn tile<const R: usize, const FMA: bool>(job: &Micro, row: usize, panel: usize) {
+unsafe fn tile<S: Stored, const R: usize, const FMA: bool>(job: &Micro, row: usize, panel: usize) {
     let mut acc = [[0f32; PANEL]; R];
     // SAFETY: the panel exists.
     let w = unsafe { job.w.add(panel * job.panel_stride) };
     for k in 0..job.len {
         // SAFETY: `k` is inside the chunk.
-        let w = unsafe { &*w.add(k * PANEL).cast::<[f32; PANEL]>() };
+        let w = unsafe { S::column(w, k) };
         for (r, acc) in acc.iter_mut().enumerate() {
             // SAFETY: the row exists and `k` is inside the chunk.
             let x = unsafe { *job.x.add((row + r) * job.x_stride + k) };
-            for (a, w) in acc.iter_mut().zip(w) {
+            for (a, w) in acc.iter_mut().zip(&w) {
                 *a = fma::<FMA>(x, *w, *a);
             }
         }
@@ -105,57 +185,65 @@ unsafe fn tile<const R: usize, const FMA: bool>(job: &Micro, row: usize, panel: 
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{Micro, PANEL};
+    use super::{Micro, PANEL, Stored};
     use std::arch::x86_64::*;
 
     /// # Safety
     /// As [`super::micro`], with AVX-512.
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn rows(job: &Micro, m: usize) {
+    pub(super) unsafe fn rows<S: Stored>(job: &Micro, m: usize) {
         let panels = job.columns.div_ceil(PANEL);
         // SAFETY (all four): the caller's promises; rows and panels stay below their counts.
         let mut panel = 0;
         if panels == 4 {
             // SAFETY: as above.
-            unsafe { sweep::<6, 4>(job, m, 0) };
+            unsafe { sweep::<S, 6, 4>(job, m, 0) };
             panel = 4;
         }
         while panel + 2 <= panels {
             // SAFETY: as above.
-            unsafe { sweep::<12, 2>(job, m, panel) };
+            unsafe { sweep::<S, 12, 2>(job, m, panel) };
             panel += 2;
         }
         if panel < panels {
             // SAFETY: as above.
-            unsafe { sweep::<12, 1>(job, m, panel) };
+            unsafe { sweep::<S, 12, 1>(job, m, panel) };
         }
     }
 
     /// # Safety
     /// As [`super::micro`], with AVX-512; panels `panel..panel + P` exist.
     #[target_feature(enable = "avx512f")]
-    unsafe fn sweep<const R: usize, const P: usize>(job: &Micro, m: usize, panel: usize) {
+    unsafe fn sweep<S: Stored, const R: usize, const P: usize>(
+        job: &Micro,
+        m: usize,
+        panel: usize,
+    ) {
         let mut r = 0;
         while r + R <= m {
             // SAFETY: the caller's promises.
-            unsafe { tile::<R, P>(job, r, panel) };
+            unsafe { tile::<S, R, P>(job, r, panel) };
             r += R;
         }
         while r + 2 <= m {
             // SAFETY: the caller's promises.
-            unsafe { tile::<2, P>(job, r, panel) };
+            unsafe { tile::<S, 2, P>(job, r, panel) };
             r += 2;
         }
         if r < m {
             // SAFETY: the caller's promises.
-            unsafe { tile::<1, P>(job, r, panel) };
+            unsafe { tile::<S, 1, P>(job, r, panel) };
         }
     }
 
     /// # Safety
     /// As [`super::micro`], with AVX-512; the rows and panels exist.
     #[target_feature(enable = "avx512f")]
-    unsafe fn tile<const R: usize, const P: usize>(job: &Micro, row: usize, panel: usize) {
+    unsafe fn tile<S: Stored, const R: usize, const P: usize>(
+        job: &Micro,
+        row: usize,
+        panel: usize,
+    ) {
         let mut acc = [[_mm512_setzero_ps(); P]; R];
         // SAFETY: row and panel exist, `k` is inside the chunk.
         unsafe {
@@ -164,7 +252,7 @@ mod avx512 {
             for k in 0..job.len {
                 let mut column = [_mm512_setzero_ps(); P];
                 for (p, c) in column.iter_mut().enumerate() {
-                    *c = _mm512_loadu_ps(w.add(p * job.panel_stride + k * PANEL));
+                    *c = S::vector(w.add(p * job.panel_stride), k);
                 }
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let x = _mm512_set1_ps(*x.add(r * job.x_stride + k));
