@@ -128,3 +128,24 @@ fn split_body<const FMA: bool>(x: &[f32], to: SendPtr<u8>, stride: usize) {
     }
 }
 dispatch! { fn split_row(x: &[f32], to: SendPtr<u8>, stride: usize) => split_body }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_to_the_nearest_and_ties_to_even() {
+        let ties = [0x3f80_8000, 0x3f81_8000, 0x3f80_7fff, 0x3f80_8001, 0xc000_8000, 0xc001_8000];
+        let edges = [0, 0x8000_0000, 1, 0x0080_8000, f32::MAX.to_bits(), 0x7f80_0000, 0xff80_0000];
+        for bits in ties.into_iter().chain(edges) {
+            assert_eq!(
+                nearest(bits),
+                half::bf16::from_f32(f32::from_bits(bits)).to_bits(),
+                "{bits:x}"
+            );
+        }
+        for nan in [0x7f80_0001, 0x7fff_ffff, 0xffc0_0000] {
+            assert!(half::bf16::from_bits(nearest(nan)).is_nan(), "{nan:x}");
+        }
+    }
+}
