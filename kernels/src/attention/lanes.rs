@@ -1,4 +1,5 @@
-//! The two products of attention over 16 keys: plain Rust and AVX-512, same order of sums.
+//! The two products of attention over 16 keys: plain Rust and AVX-512, which give the same bits where plain
+//! Rust has fused multiply-adds.
 
 use super::kernel::{KEYS, LANES};
 use crate::math::{exp, fma, half_to_f32, sum16};
@@ -161,13 +162,9 @@ impl<const FMA: bool> Lanes for Plain<FMA> {
         }
         let larger = |a: f32, b: f32| if a > b { a } else { b };
         let max = scores.iter().fold(before, |max, s| larger(*s, max));
-        let mut sums = [0f32; LANES];
-        for part in scores.as_chunks_mut::<LANES>().0 {
-            for (s, sum) in part.iter_mut().zip(&mut sums) {
-                *s = exp::<FMA>(*s - max);
-                *sum += *s;
-            }
-        }
+        scores.iter_mut().for_each(|s| *s = exp::<FMA>(*s - max));
+        let at = |part: usize, lane: usize| scores[part * LANES + lane];
+        let sums = std::array::from_fn(|i| (at(0, i) + at(1, i)) + (at(2, i) + at(3, i)));
         (max, sum16(&sums))
     }
 
@@ -387,7 +384,7 @@ mod avx512 {
         (max, _mm512_reduce_add_ps(sum))
     }
 
-    /// e^x for x ≤ 0, as in [`crate::math::exp`].
+    /// e^x for x ≤ 0, bit for bit as [`crate::math::exp`].
     ///
     /// # Safety
     /// The processor has AVX-512.
@@ -395,7 +392,8 @@ mod avx512 {
     #[target_feature(enable = "avx512f,avx512dq")]
     unsafe fn exp(x: __m512) -> __m512 {
         let c = _mm512_set1_ps;
-        let n = _mm512_roundscale_ps::<0>(_mm512_mul_ps(x, c(std::f32::consts::LOG2_E)));
+        let round = c(12_582_912.0);
+        let n = _mm512_sub_ps(_mm512_fmadd_ps(x, c(std::f32::consts::LOG2_E), round), round);
         let r = _mm512_fnmadd_ps(n, c(0.693_359_4), x);
         let r = _mm512_fnmadd_ps(n, c(-2.121_944_4e-4), r);
         let p = _mm512_fmadd_ps(c(1.987_569_1e-4), r, c(1.398_199_9e-3));
@@ -455,6 +453,69 @@ mod avx512 {
                     _mm512_mask_storeu_ps(acc.add(i * dim + c * 16), mask, *s);
                 }
             }
+        }
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+    use crate::cpu::{Cpu, Isa};
+    use crate::testing::Rng;
+
+    const DIM: usize = 80;
+    const QUERIES: usize = 6;
+
+    /// Scores, weights with their maxima and sums, and gathered values.
+    fn run<L: Lanes>(seed: u64) -> Vec<u32> {
+        let mut rng = Rng::new(seed);
+        let q = rng.floats(QUERIES * DIM, 1.0);
+        let keys = rng.floats(DIM * 2 * LANES, 1.0);
+        let halves: Vec<f16> = keys.iter().map(|k| f16::from_f32(*k)).collect();
+        let mut scores = [[0f32; KEYS]; QUERIES];
+        L::score_pair::<QUERIES>(&q, DIM, &keys, 0, &mut scores);
+        L::score::<QUERIES, f16>(&q, DIM, &halves, 2 * LANES, 2, &mut scores);
+        L::score::<3, f32>(&q, DIM, &keys[LANES..], 2 * LANES, 3, &mut scores);
+        let mut all: Vec<f32> = scores.concat();
+        for (i, scores) in scores.iter_mut().enumerate() {
+            // Far below the maximum, and beyond what a float's exponent reaches.
+            scores[7] -= 80.0 + i as f32 * 3.0;
+            let (max, sum) = L::weigh(scores, (i, KEYS - 2 * i), [f32::NEG_INFINITY, 3.0][i % 2]);
+            all.extend([max, sum]);
+            all.extend(&*scores);
+        }
+        let mut acc = rng.floats(QUERIES * DIM, 1.0);
+        let values: Vec<f16> = halves.iter().rev().copied().collect();
+        L::gather::<QUERIES, f16>(&mut acc, DIM, &scores, &values, 1, 3..LANES);
+        L::gather::<1, f32>(&mut acc[DIM..], DIM, &scores, &keys, 3, 0..5);
+        all.extend(acc);
+        all.iter().map(|v| v.to_bits()).collect()
+    }
+
+    #[test]
+    fn both_give_the_same_bits() {
+        if Cpu::get().isa < Isa::Avx512 {
+            return;
+        }
+        for seed in 0..300 {
+            assert!(run::<Plain<true>>(seed) == run::<Avx512>(seed), "seed {seed}");
+        }
+    }
+    /// Where a multiple of ln 2 is half way between two, both must choose the same one.
+    #[test]
+    fn weights_over_the_whole_range_have_the_same_bits() {
+        if Cpu::get().isa < Isa::Avx512 {
+            return;
+        }
+        for block in 0..20_000 {
+            let mut scores = [[0f32; KEYS]; 2];
+            for (i, s) in scores[0].iter_mut().enumerate().skip(1) {
+                *s = (block * KEYS + i) as f32 * -7e-5;
+            }
+            scores[1] = scores[0];
+            let plain = Plain::<true>::weigh(&mut scores[0], (0, KEYS), 0.0);
+            assert!(plain == Avx512::weigh(&mut scores[1], (0, KEYS), 0.0), "{block}");
+            assert!(scores[0] == scores[1], "{block}");
         }
     }
 }

@@ -132,7 +132,7 @@ struct Inputs<'a> {
 /// The block's scaled sums of eight columns, for `M` rows.
 ///
 /// # Safety
-/// As [`multiply`]; the block's `groups` groups lie at `weights`.
+/// As [`multiply`]; the half of the block's `groups` groups begins at `weights`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn block_of<F: Narrow, const M: usize>(
@@ -170,7 +170,7 @@ unsafe fn block_of<F: Narrow, const M: usize>(
 /// The sums of a group over weights and inputs, of eight columns and `M` rows.
 ///
 /// # Safety
-/// As [`multiply`]; the group lies at `weights`.
+/// As [`multiply`]; the group's half begins at `weights`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn group<F: Narrow, const M: usize>(
@@ -178,6 +178,7 @@ unsafe fn group<F: Narrow, const M: usize>(
     j: usize,
     at: &Inputs<'_>,
 ) -> [__m256i; M] {
+    const { assert!(F::VECTORS.is_multiple_of(F::STEPS)) };
     let zero = _mm256_setzero_si256();
     let (mut sums, mut high, mut low) = ([zero; M], [zero; M], [zero; M]);
     let per32 = 8 / F::VECTORS;
@@ -236,7 +237,8 @@ impl Scales {
 
 /// A quantised type as this kernel sees it. All functions need AVX2, FMA and F16C.
 trait Narrow: Format {
-    /// Products of the high level of so many steps of four inputs fit 16 bits together.
+    /// Products of the high level of so many steps of four inputs fit 16 bits together; those of the low
+    /// level, at most 8, fit for a whole group.
     const STEPS: usize;
 
     /// The scales of half `half` of the lanes in a block; groups that do not exist are left alone.
@@ -272,7 +274,7 @@ unsafe fn load(p: *const u8) -> __m256i {
 /// 16 bytes at `p`.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-unsafe fn halves(p: *const u8) -> __m256 {
+unsafe fn widened(p: *const u8) -> __m256 {
     // SAFETY: the caller's promise.
     unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
 }
@@ -309,9 +311,9 @@ unsafe fn plain_scales(
         // SAFETY: the group exists.
         unsafe {
             let at = panel.add(g.scales_at(block) + j * bytes + half * 16);
-            out.s[j] = halves(at);
+            out.s[j] = widened(at);
             if mins {
-                out.m[j] = halves(at.add(32));
+                out.m[j] = widened(at.add(32));
             }
         }
     }
@@ -368,7 +370,7 @@ impl Narrow for Q4K {
         let (d, dmin, w0, w1, w2) = unsafe {
             let base = panel.add(g.scales_at(block));
             let (scales, packed) = (base.add(half * 16), base.add(64 + half * 32));
-            let (d, dmin) = (halves(scales), halves(scales.add(32)));
+            let (d, dmin) = (widened(scales), widened(scales.add(32)));
             (d, dmin, load(packed), load(packed.add(64)), load(packed.add(128)))
         };
         let dmin = _mm256_sub_ps(_mm256_setzero_ps(), dmin);
@@ -415,7 +417,7 @@ impl Narrow for Q6K {
     ) {
         // SAFETY: the block exists.
         unsafe {
-            out.unit = halves(panel.add(block * 32 + half * 16));
+            out.unit = widened(panel.add(block * 32 + half * 16));
             for i in 0..4 {
                 let mut v = load(panel.add(g.scales_at(block) + i * 64 + half * 32));
                 for whole in &mut out.whole[4 * i..4 * i + 4] {

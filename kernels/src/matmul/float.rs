@@ -4,7 +4,7 @@
 //! The sum of an output value runs over its inputs in ascending order, one fused multiply-add each,
 //! in chunks of [`CHUNK`] whose sums are added up in order.
 
-use super::float_kernels::{Brain, Half, Micro, Single, Stored, micro};
+use super::float_kernels::{Bf16, F16, F32, Micro, Stored, micro};
 use super::{Out, PANEL};
 use crate::buffer::{Arena, Buffer};
 use crate::cpu::Isa;
@@ -169,11 +169,11 @@ impl FloatTiles {
         // SAFETY: the caller's promises; where nothing is expanded, panels are stored as the type says.
         unsafe {
             match self.dtype {
-                DType::F32 => self.chunks::<Single>(isa, unit, x, m, out, None),
-                DType::F16 if m <= FEW => self.chunks::<Half>(isa, unit, x, m, out, None),
-                DType::BF16 if m <= FEW => self.chunks::<Brain>(isa, unit, x, m, out, None),
+                DType::F32 => self.chunks::<F32>(isa, unit, x, m, out, None),
+                DType::F16 if m <= FEW => self.chunks::<F16>(isa, unit, x, m, out, None),
+                DType::BF16 if m <= FEW => self.chunks::<Bf16>(isa, unit, x, m, out, None),
                 _ => SCRATCH.with_borrow_mut(|scratch| {
-                    self.chunks::<Single>(isa, unit, x, m, out, Some(scratch));
+                    self.chunks::<F32>(isa, unit, x, m, out, Some(scratch));
                 }),
             }
         }

@@ -42,14 +42,14 @@ pub(super) trait Stored {
     unsafe fn vector(w: *const u8, k: usize) -> std::arch::x86_64::__m512;
 }
 
-/// F32.
-pub(super) struct Single;
-/// F16.
-pub(super) struct Half;
+/// As it is.
+pub(super) struct F32;
+/// Halves.
+pub(super) struct F16;
 /// Pairs of BF16.
-pub(super) struct Brain;
+pub(super) struct Bf16;
 
-impl Stored for Single {
+impl Stored for F32 {
     #[inline(always)]
     unsafe fn column(w: *const u8, k: usize) -> [f32; PANEL] {
         // SAFETY: the caller's promise.
@@ -65,7 +65,7 @@ impl Stored for Single {
     }
 }
 
-impl Stored for Half {
+impl Stored for F16 {
     #[inline(always)]
     unsafe fn column(w: *const u8, k: usize) -> [f32; PANEL] {
         // SAFETY: the caller's promise.
@@ -83,13 +83,13 @@ impl Stored for Half {
     }
 }
 
-impl Stored for Brain {
+impl Stored for Bf16 {
     #[inline(always)]
     unsafe fn column(w: *const u8, k: usize) -> [f32; PANEL] {
         // SAFETY: the caller's promise.
         let pairs = unsafe { w.cast::<[u32; PANEL]>().add(k / 2).read_unaligned() };
-        let low = if k.is_multiple_of(2) { 16 } else { 0 };
-        pairs.map(|pair| f32::from_bits(pair << low & 0xffff_0000))
+        let shift = if k.is_multiple_of(2) { 16 } else { 0 };
+        pairs.map(|pair| f32::from_bits(pair << shift & 0xffff_0000))
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -99,9 +99,9 @@ impl Stored for Brain {
         use std::arch::x86_64::*;
         // SAFETY: the caller's promise.
         let pairs = unsafe { _mm512_loadu_si512(w.add(k / 2 * PANEL * 4).cast()) };
-        let low = if k.is_multiple_of(2) { 16 } else { 0 };
+        let shift = if k.is_multiple_of(2) { 16 } else { 0 };
         let high = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
-        let bits = _mm512_and_si512(_mm512_sll_epi32(pairs, _mm_cvtsi32_si128(low)), high);
+        let bits = _mm512_and_si512(_mm512_sll_epi32(pairs, _mm_cvtsi32_si128(shift)), high);
         _mm512_castsi512_ps(bits)
     }
 }

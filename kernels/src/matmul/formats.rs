@@ -1,4 +1,4 @@
-//! Reading the tiled formats with AVX-512.
+//! What the kernels know of each tiled format, and how AVX-512 reads it.
 
 use super::packed::Geometry;
 use std::arch::x86_64::*;

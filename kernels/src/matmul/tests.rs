@@ -192,22 +192,38 @@ fn a_row_is_the_same_in_any_batch() {
     }
 }
 
-/// The largest sum that Q6_K can have is still one of 32 bits.
+/// The largest sums of 16 and 32 bits that there can be.
 #[test]
 fn the_largest_weights_and_inputs_do_not_overflow() {
     let pool = ThreadPool::new(2);
     let (n, k) = (40, 512);
-    let mut block = [0u8; 210];
-    // Weights are -32, scales -128.
-    block[192..208].fill(i8::MIN as u8);
-    block[208..].copy_from_slice(&half::f16::ONE.to_le_bytes());
-    let w = Matrix::from_bytes(DType::Q6_K, &block.repeat(n * k / 256), n, k).unwrap();
-    for m in [1, 7, 16, 33] {
-        let x = vec![1.0; m * k];
-        for isa in isas() {
-            let want = 4096.0 * k as f32;
-            let y = product(isa, &pool, &w, &x, m);
-            assert!(y.iter().all(|y| (y - want).abs() <= want * 1e-6), "{isa:?} m={m} {}", y[0]);
+    for dtype in [DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q4_K, DType::Q6_K] {
+        // All bits set are the largest weight that is stored without a sign, none the smallest.
+        for byte in [0u8, 0xff, 0x7f, 0x80] {
+            let mut block = vec![byte; dtype.block_bytes()];
+            let one = half::f16::ONE.to_le_bytes();
+            match dtype {
+                DType::Q6_K => {
+                    block[192..208].fill(i8::MIN as u8);
+                    block[208..].copy_from_slice(&one);
+                }
+                DType::Q4_1 | DType::Q4_K => block[..4].copy_from_slice(&[one, one].concat()),
+                _ => block[..2].copy_from_slice(&one),
+            }
+            let bytes = block.repeat(n * k / dtype.block_len());
+            let w = Matrix::from_bytes(dtype, &bytes, n, k).unwrap();
+            let mut wide = vec![0.0; n * k];
+            dequantise(dtype, &bytes, &mut wide).unwrap();
+            for (m, input) in [(1, 1.0), (7, -1.0), (16, 1.0), (33, -1.0)] {
+                let x = vec![input; m * k];
+                let want = definition(&pool, &w, &x, m);
+                assert!(error(&wide, &x, &want, k) < 1e-6, "{dtype} {byte:x} m={m}");
+                for isa in isas() {
+                    let y = product(isa, &pool, &w, &x, m);
+                    assert!(error(&wide, &x, &y, k) < 1e-6, "{dtype} {byte:x} {isa:?} m={m}");
+                    assert!(isa == Isa::Portable || bits(&y) == bits(&want), "{dtype} {isa:?}");
+                }
+            }
         }
     }
 }
