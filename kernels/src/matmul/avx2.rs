@@ -6,7 +6,7 @@
 //! no pair overflows: 2 · 128 · 127.
 
 use super::activations::{Activations, HIGH, TILE};
-use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0};
+use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, by_kind};
 use super::packed::{Geometry, Kind, QuantTiles};
 use super::{Out, PANEL};
 use std::arch::x86_64::*;
@@ -29,15 +29,7 @@ pub(super) unsafe fn multiply(
     out: Out,
 ) {
     // SAFETY: the caller's promises.
-    unsafe {
-        match w.geometry.kind {
-            Kind::Q8_0 => all::<Q8_0>(w, x, panels, rows, out),
-            Kind::Q4_0 => all::<Q4_0>(w, x, panels, rows, out),
-            Kind::Q4_1 => all::<Q4_1>(w, x, panels, rows, out),
-            Kind::Q4K => all::<Q4K>(w, x, panels, rows, out),
-            Kind::Q6K => all::<Q6K>(w, x, panels, rows, out),
-        }
-    }
+    unsafe { by_kind!(w.geometry.kind, all(w, x, panels, rows, out)) }
 }
 
 /// # Safety

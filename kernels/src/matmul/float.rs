@@ -1,5 +1,5 @@
-//! Products in f32 arithmetic: F32 as it is, every other type expanded tile by tile (BF16 where the
-//! processor has no products of its own for it).
+//! Products in f32 arithmetic: F32 as it is, every other type expanded tile by tile, F16 and BF16 as they
+//! are read where there are few rows (BF16 where the processor has no products of its own for it).
 //!
 //! The sum of an output value runs over its inputs in ascending order, one fused multiply-add each,
 //! in chunks of [`CHUNK`] whose sums are added up in order.

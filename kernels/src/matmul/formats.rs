@@ -113,6 +113,20 @@ unsafe fn plain_scales(panel: *const u8, g: &Geometry, block: usize, out: &mut S
     }
 }
 
+/// Calls `$work::<F>` with the type of format that `$kind` names.
+macro_rules! by_kind {
+    ($kind:expr, $work:ident($($argument:expr),* $(,)?)) => {
+        match $kind {
+            Kind::Q8_0 => $work::<Q8_0>($($argument),*),
+            Kind::Q4_0 => $work::<Q4_0>($($argument),*),
+            Kind::Q4_1 => $work::<Q4_1>($($argument),*),
+            Kind::Q4K => $work::<Q4K>($($argument),*),
+            Kind::Q6K => $work::<Q6K>($($argument),*),
+        }
+    };
+}
+pub(super) use by_kind;
+
 pub(super) struct Q8_0;
 pub(super) struct Q4_0;
 pub(super) struct Q4_1;

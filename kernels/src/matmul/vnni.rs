@@ -9,7 +9,7 @@
 //! From [`super::plan`]'s `MANY` rows on the processor's rate decides: [`super::vnni_many`].
 
 use super::activations::{Activations, HIGH_SHIFT, TILE};
-use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales};
+use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales, by_kind};
 use super::packed::{Kind, QuantTiles};
 use super::{Out, PANEL};
 use std::arch::x86_64::*;
@@ -34,15 +34,7 @@ pub(super) unsafe fn multiply(
     out: Out,
 ) {
     // SAFETY: the caller's promises.
-    unsafe {
-        match w.geometry.kind {
-            Kind::Q8_0 => all::<Q8_0>(w, x, panels, rows, out),
-            Kind::Q4_0 => all::<Q4_0>(w, x, panels, rows, out),
-            Kind::Q4_1 => all::<Q4_1>(w, x, panels, rows, out),
-            Kind::Q4K => all::<Q4K>(w, x, panels, rows, out),
-            Kind::Q6K => all::<Q6K>(w, x, panels, rows, out),
-        }
-    }
+    unsafe { by_kind!(w.geometry.kind, all(w, x, panels, rows, out)) }
 }
 
 /// Cuts panels into what is read side by side: the first panel, the distance to the next, and how many.
@@ -146,10 +138,7 @@ unsafe fn rows_of<F: Format, const M: usize, const P: usize>(
             for r in 0..M {
                 let scale = _mm512_set1_ps(*x.scale.get_unchecked((row + r) * g.blocks + block));
                 for ((sum, a), scales) in sum.iter_mut().zip(&a).zip(&*scales) {
-                    let a = match F::WHOLE {
-                        true => _mm512_mul_ps(_mm512_cvtepi32_ps(a[r]), scales.unit),
-                        false => _mm512_castsi512_ps(a[r]),
-                    };
+                    let a = block_sum::<F>(a[r], scales);
                     sum[r] = _mm512_fmadd_ps(a, scale, sum[r]);
                 }
             }
@@ -235,19 +224,45 @@ unsafe fn group<F: Format, const M: usize, const P: usize>(
             for (r, acc) in a.iter_mut().enumerate() {
                 let high = _mm512_slli_epi32::<HIGH_SHIFT>(high[p][r]);
                 let isum = _mm512_add_epi32(high, low[p][r]);
-                if F::WHOLE {
-                    *acc = _mm512_add_epi32(*acc, _mm512_mullo_epi32(isum, scales.whole[j]));
-                    continue;
-                }
-                let (isum, before) = (_mm512_cvtepi32_ps(isum), _mm512_castsi512_ps(*acc));
-                let mut sum = _mm512_fmadd_ps(scales.s[j % 8], isum, before);
-                if F::MINS {
-                    let i = at.x.sum_at(at.row + r, at.block * 8 + j);
-                    let xsum = _mm512_set1_ps(*at.x.sums.get_unchecked(i));
-                    sum = _mm512_fmadd_ps(scales.m[j % 8], xsum, sum);
-                }
-                *acc = _mm512_castps_si512(sum);
+                let xsum = at.x.sum_at(at.row + r, at.block * 8 + j);
+                *acc = accumulate::<F>(*acc, isum, scales, j, at.x.sums.as_ptr().add(xsum));
             }
         }
     }
+}
+
+/// What a block has gathered, `a`, and the scaled sum `isum` of its group `j`, whose sum of inputs alone is
+/// at `xsum`: whole numbers where scales are whole, and else floats.
+///
+/// # Safety
+/// The group has a sum of inputs; AVX-512.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) unsafe fn accumulate<F: Format>(
+    a: __m512i,
+    isum: __m512i,
+    scales: &Scales,
+    j: usize,
+    xsum: *const f32,
+) -> __m512i {
+    if F::WHOLE {
+        return _mm512_add_epi32(a, _mm512_mullo_epi32(isum, scales.whole[j % 16]));
+    }
+    let (isum, a) = (_mm512_cvtepi32_ps(isum), _mm512_castsi512_ps(a));
+    let mut sum = _mm512_fmadd_ps(scales.s[j % 8], isum, a);
+    if F::MINS {
+        // SAFETY: the caller's promise.
+        sum = _mm512_fmadd_ps(scales.m[j % 8], _mm512_set1_ps(unsafe { *xsum }), sum);
+    }
+    _mm512_castps_si512(sum)
+}
+
+/// What a block has gathered, as floats.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn block_sum<F: Format>(a: __m512i, scales: &Scales) -> __m512 {
+    if F::WHOLE {
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(a), scales.unit);
+    }
+    _mm512_castsi512_ps(a)
 }

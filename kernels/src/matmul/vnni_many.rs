@@ -7,8 +7,9 @@
 //! other types have a sum for each level.
 
 use super::activations::{Activations, HIGH_SHIFT, TILE};
-use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales};
+use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales, by_kind};
 use super::packed::{Kind, QuantTiles};
+use super::vnni::{accumulate, block_sum};
 use super::{Out, PANEL};
 use std::arch::x86_64::*;
 use std::cell::RefCell;
@@ -52,15 +53,7 @@ pub(super) unsafe fn multiply(
             Box::new(Scratch { bytes: [[[0; STEP]; VECTORS]; SIDE], scales })
         });
         // SAFETY: the caller's promises.
-        unsafe {
-            match w.geometry.kind {
-                Kind::Q8_0 => all::<Q8_0>(w, x, panels, rows, out, scratch),
-                Kind::Q4_0 => all::<Q4_0>(w, x, panels, rows, out, scratch),
-                Kind::Q4_1 => all::<Q4_1>(w, x, panels, rows, out, scratch),
-                Kind::Q4K => all::<Q4K>(w, x, panels, rows, out, scratch),
-                Kind::Q6K => all::<Q6K>(w, x, panels, rows, out, scratch),
-            }
-        }
+        unsafe { by_kind!(w.geometry.kind, all(w, x, panels, rows, out, scratch)) }
     });
 }
 
@@ -260,20 +253,8 @@ unsafe fn tile<F: Format, const M: usize, const P: usize>(
                     if !F::NIBBLES {
                         isum = _mm512_add_epi32(_mm512_slli_epi32::<HIGH_SHIFT>(high[p][r]), isum);
                     }
-                    let before = a[p][r];
-                    if F::WHOLE {
-                        let scaled = _mm512_mullo_epi32(isum, scales.whole[j % 16]);
-                        a[p][r] = _mm512_add_epi32(before, scaled);
-                        continue;
-                    }
-                    let isum = _mm512_cvtepi32_ps(isum);
-                    let mut sum =
-                        _mm512_fmadd_ps(scales.s[j % 8], isum, _mm512_castsi512_ps(before));
-                    if F::MINS {
-                        let xsum = _mm512_set1_ps(*sums.add(j * TILE + r));
-                        sum = _mm512_fmadd_ps(scales.m[j % 8], xsum, sum);
-                    }
-                    a[p][r] = _mm512_castps_si512(sum);
+                    let xsum = sums.add(j * TILE + r);
+                    a[p][r] = accumulate::<F>(a[p][r], isum, scales, j, xsum);
                 }
             }
         }
@@ -303,10 +284,7 @@ unsafe fn write<F: Format, const M: usize>(
 ) {
     let mask = w.columns(at.panel);
     for (r, a) in a.iter().enumerate() {
-        let a = match F::WHOLE {
-            true => _mm512_mul_ps(_mm512_cvtepi32_ps(*a), scales.unit),
-            false => _mm512_castsi512_ps(*a),
-        };
+        let a = block_sum::<F>(*a, scales);
         // SAFETY: the row and the unmasked columns are in the output, and this task's alone.
         unsafe {
             let scale = *x.scale.get_unchecked((at.row + r) * w.geometry.blocks + at.block);
