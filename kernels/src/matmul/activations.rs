@@ -1,10 +1,16 @@
 //! Activations prepared for integer products.
 //!
-//! Each block of 256 inputs is rounded to 12 bits, `x ≈ d · (16·hi + lo)` with `d = max|x| / 2032`,
-//! `hi` in -127..=127 and `lo` in -8..=7: two signed bytes. Against the 8 bits a block of 32 that are
-//! usual, the rounding error is a tenth or less. Integer sums over both levels are exact. The factor
-//! of 16 is what lets one tile product take both levels of a four-bit weight, see [`super::amx`].
+//! A step is four inputs that lie together, a group eight steps. In each group the two steps with the
+//! largest inputs have 12 bits, `x ≈ d · (16·hi + lo)` with `hi` in -127..=127 and `lo` in -8..=7; the
+//! other six have 8, `x ≈ d · lo` with `lo` in -127..=127. All inputs of a block of 256 share `d`, so a
+//! rounding error is the same small part of what is usual in a block wherever it is, and a few large
+//! inputs do not spoil the others. (LLM.int8(), arXiv 2208.07339, keeps features with outliers apart in
+//! the same spirit.) Six of eight products of the high level are zero: [`super::vnni_many`] leaves them
+//! out. Integer sums over both levels are exact. The factor of 16 is what lets one tile product take
+//! both levels of a four-bit weight, see [`super::amx`].
 
+#[cfg(target_arch = "x86_64")]
+use super::formats::Format;
 use crate::ThreadPool;
 use crate::buffer::Buffer;
 #[cfg(target_arch = "x86_64")]
@@ -17,8 +23,17 @@ pub(super) const TILE: usize = 16;
 /// `hi` counts this many.
 pub(super) const HIGH: i32 = 1 << HIGH_SHIFT;
 pub(super) const HIGH_SHIFT: u32 = 4;
-/// The largest magnitude of a rounded input: 127 · 16.
-const LIMIT: f32 = 127.0 * HIGH as f32;
+/// The largest magnitude of a rounded input that has both levels: 127 · 16.
+const LIMIT: f32 = LOW_LIMIT * HIGH as f32;
+/// The same of one that has the low level alone.
+const LOW_LIMIT: f32 = 127.0;
+/// Inputs of a step, and steps of a group that have both levels.
+const STEP: usize = 4;
+pub(super) const PICKS: usize = 2;
+/// Weights in groups of 32 are stored plus nothing or a multiple of the first, those of 16 plus the second.
+pub(super) const UNIT32: i32 = 1 << UNIT32_SHIFT;
+pub(super) const UNIT32_SHIFT: u32 = 3;
+const UNIT16: i32 = 32;
 /// A block below this is zero; its reciprocal would overflow.
 const TINY: f32 = 1e-34;
 
@@ -30,12 +45,15 @@ pub(super) struct Activations {
     levels: Buffer,
     /// The same as `[tile of 16 rows][step of 64][hi, lo][row][input]`, if it was asked for.
     wide: Buffer,
-    /// Sum of the rounded inputs of each 16: `[row][cols / 16]`.
-    pub(super) sums16: Vec<i32>,
-    /// Sum of the rounded inputs of each 32: `[row][cols / 32]`.
-    pub(super) sums32: Vec<i32>,
-    /// The same as floats (exact): `[tile of 16 rows][group of 32][row]`, see [`Self::sum_at`].
+    /// Sums of the rounded inputs of each 32, as floats (exact): `[tile of 16 rows][group of 32][row]`, see
+    /// [`Self::sum_at`].
     pub(super) sums: Vec<f32>,
+    /// The same times -[`UNIT32`], which weights stored plus a multiple of it begin with.
+    pub(super) starts32: Vec<i32>,
+    /// The same for the two halves of each 32, times -[`UNIT16`].
+    pub(super) starts16: Vec<[i32; 2]>,
+    /// The steps of a group that have both levels, 0 to 7, each once: where [`Self::sums`] has its sum.
+    pub(super) picks: Vec<[u8; PICKS]>,
     /// What a rounded input stands for: `[row][blocks of 256]`, rows up to a whole tile.
     pub(super) scale: Vec<f32>,
 }
@@ -47,9 +65,10 @@ impl Default for Activations {
             cols: 0,
             levels: Buffer::new(0),
             wide: Buffer::new(0),
-            sums16: Vec::new(),
-            sums32: Vec::new(),
             sums: Vec::new(),
+            starts32: Vec::new(),
+            starts16: Vec::new(),
+            picks: Vec::new(),
             scale: Vec::new(),
         }
     }
@@ -72,15 +91,17 @@ impl Activations {
         if wide {
             self.wide.reserve(m * cols * 2 + TILE * 64);
         }
-        self.sums16.resize(m * groups * 2, 0);
-        self.sums32.resize(m * groups, 0);
         let whole = m.next_multiple_of(TILE);
         self.sums.resize(whole * groups, 0.0);
+        self.starts32.resize(whole * groups, 0);
+        self.starts16.resize(whole * groups, [0; 2]);
+        self.picks.resize(whole * groups, [0, 1]);
         self.scale.resize(whole * blocks, 0.0);
         let rows = (16 * 1024 / cols.max(1)).max(1);
-        let sums16 = SendPtr(self.sums16.as_mut_ptr());
-        let sums32 = SendPtr(self.sums32.as_mut_ptr());
         let sums = SendPtr(self.sums.as_mut_ptr());
+        let starts32 = SendPtr(self.starts32.as_mut_ptr());
+        let starts16 = SendPtr(self.starts16.as_mut_ptr());
+        let picks = SendPtr(self.picks.as_mut_ptr());
         let levels = SendPtr(self.levels.as_mut_ptr());
         let wides = wide.then(|| SendPtr(self.wide.as_mut_ptr()));
         pool.run_chunks(&mut self.scale[..m * blocks], rows * blocks.max(1), &|i, scale| {
@@ -91,14 +112,13 @@ impl Activations {
                 // SAFETY: every offset is inside the buffers sized above and belongs to this row,
                 // which only this task handles.
                 let mut out = unsafe {
+                    let first = tile * groups * TILE + lane;
                     Row {
                         scale,
-                        sums16: std::slice::from_raw_parts_mut(
-                            sums16.at(row * groups * 2),
-                            groups * 2,
-                        ),
-                        sums32: std::slice::from_raw_parts_mut(sums32.at(row * groups), groups),
-                        sums: SendPtr(sums.at(tile * groups * TILE + lane)),
+                        sums: SendPtr(sums.at(first)),
+                        starts32: SendPtr(starts32.at(first)),
+                        starts16: SendPtr(starts16.at(first)),
+                        picks: SendPtr(picks.at(first)),
                         levels: SendPtr(levels.at((tile * TILE * groups + lane) * 64)),
                         wide: wides
                             .as_ref()
@@ -115,6 +135,29 @@ impl Activations {
     /// of the next row of the tile one on.
     pub(super) fn sum_at(&self, row: usize, group: usize) -> usize {
         (row / TILE * (self.cols / 32) + group) * TILE + row % TILE
+    }
+
+    /// What the sum of products of group `j` of block `block` begins with, so that it ends as if weights were
+    /// stored with their sign.
+    ///
+    /// # Safety
+    /// Row, block and group exist.
+    #[inline(always)]
+    #[cfg(target_arch = "x86_64")]
+    pub(super) unsafe fn start<F: Format>(&self, row: usize, block: usize, j: usize) -> i32 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match F::SHIFT {
+                None => 0,
+                Some(_) if F::VECTORS == 4 => {
+                    self.starts16.get_unchecked(self.sum_at(row, block * 8 + j / 2))[j % 2]
+                }
+                Some(shift) => {
+                    let start = self.starts32.get_unchecked(self.sum_at(row, block * 8 + j));
+                    start << (shift - UNIT32_SHIFT)
+                }
+            }
+        }
     }
 
     /// Where the levels of tile `tile` begin, and the bytes between its groups. The rows of a group
@@ -140,14 +183,23 @@ impl Activations {
         let at = tile * TILE * (self.cols / 32) * 64 + group * rows * 64 + row % TILE * 64;
         &self.levels.bytes()[at..at + 64]
     }
+    /// A row's input as it was rounded.
+    #[cfg(test)]
+    pub(super) fn value(&self, row: usize, col: usize) -> f32 {
+        let levels = self.group(row, col / 32);
+        let (high, low) = (levels[col % 32] as i8, levels[32 + col % 32] as i8);
+        let level = i32::from(high) * HIGH + i32::from(low);
+        level as f32 * self.scale[row * self.cols.div_ceil(256) + col / 256]
+    }
 }
 
 struct Row<'a> {
     scale: &'a mut [f32],
-    sums16: &'a mut [i32],
-    sums32: &'a mut [i32],
-    /// [`TILE`] from group to group.
+    /// These four are [`TILE`] from group to group.
     sums: SendPtr<f32>,
+    starts32: SendPtr<i32>,
+    starts16: SendPtr<[i32; 2]>,
+    picks: SendPtr<[u8; PICKS]>,
     levels: SendPtr<u8>,
     wide: Option<SendPtr<u8>>,
     /// Bytes between the groups of `levels`, and between the levels of `wide`.
@@ -155,6 +207,22 @@ struct Row<'a> {
 }
 
 impl Row<'_> {
+    /// Writes what is known of group `group`: the sums of its halves, and its picks.
+    ///
+    /// # Safety
+    /// The row has the group, and this call alone writes it.
+    #[inline(always)]
+    unsafe fn note(&mut self, group: usize, sums: [i32; 2], picks: [u8; PICKS]) {
+        let at = group * TILE;
+        // SAFETY: the caller's promises.
+        unsafe {
+            *self.sums.at(at) = (sums[0] + sums[1]) as f32;
+            *self.starts32.at(at) = -UNIT32 * (sums[0] + sums[1]);
+            *self.starts16.at(at) = [-UNIT16 * sums[0], -UNIT16 * sums[1]];
+            *self.picks.at(at) = picks;
+        }
+    }
+
     /// Where the high levels of group `group` go in `wide`; the low ones are a stride on.
     ///
     /// # Safety
@@ -176,29 +244,67 @@ fn round_row(x: &[f32], out: &mut Row<'_>) {
     round_plain(x, out);
 }
 
+/// How a block is rounded: `scale` of a level, `inverse` of it, and whether the block counts.
+#[derive(Clone, Copy)]
+struct Grid {
+    scale: f32,
+    inverse: f32,
+    usable: bool,
+}
+
+/// The finest grid for a block whose largest magnitude is `max` and, outside the picked steps, `rest`.
+fn grid(max: f32, rest: f32) -> Grid {
+    if !max.is_finite() {
+        // What is not finite spoils the whole row, as it would in floats.
+        return Grid { scale: f32::NAN, inverse: 0.0, usable: false };
+    }
+    if max < TINY {
+        return Grid { scale: 0.0, inverse: 0.0, usable: false };
+    }
+    let (top, limit) = if rest * HIGH as f32 > max { (rest, LOW_LIMIT) } else { (max, LIMIT) };
+    Grid { scale: top / limit, inverse: limit / top, usable: true }
+}
+
+/// The two steps of a group with the largest magnitudes `tops` (as bits), the earlier ones of equals, and
+/// the three largest magnitudes: theirs, and the largest outside.
+#[inline(always)]
+fn pick(tops: [i32; 8]) -> ([u8; PICKS], [i32; 3]) {
+    let (mut picks, [mut first, mut second, mut third]) = ([0; PICKS], [-1; 3]);
+    for (step, top) in tops.into_iter().enumerate() {
+        picks = match (top > first, top > second) {
+            (true, _) => [step as u8, picks[0]],
+            (_, true) => [picks[0], step as u8],
+            _ => picks,
+        };
+        third = third.max(second.min(top));
+        second = second.max(first.min(top));
+        first = first.max(top);
+    }
+    (picks, [first, second, third])
+}
+
 #[inline(always)]
 fn round_body<const FMA: bool>(x: &[f32], out: &mut Row<'_>) {
     // Adding this rounds to the nearest integer (ties to even) and leaves it in the low bits.
     const ROUND: f32 = 12_582_912.0;
     for (b, x) in x.chunks(256).enumerate() {
         let (groups, _) = x.as_chunks::<32>();
-        let mut top = [0u32; 32];
-        for g in groups {
-            for (t, v) in top.iter_mut().zip(g) {
-                // Magnitudes order like their bits, NaN and infinity last.
-                *t = (*t).max(v.to_bits() & 0x7fff_ffff);
-            }
+        let (mut max, mut rest) = (0, 0);
+        let mut picks = [[0; PICKS]; 8];
+        for (picks, g) in picks.iter_mut().zip(groups) {
+            // Magnitudes order like their bits, NaN and infinity last.
+            let magnitude = |i: usize| (g[i].to_bits() & 0x7fff_ffff) as i32;
+            let tops = std::array::from_fn(|step| {
+                (0..STEP).fold(0, |top, i| top.max(magnitude(step * STEP + i)))
+            });
+            let found;
+            (*picks, found) = pick(tops);
+            (max, rest) = (max.max(found[0]), rest.max(found[2]));
         }
-        let max = f32::from_bits(top.iter().fold(0, |a, t| a.max(*t)));
-        let usable = max.is_finite() && max >= TINY;
-        let inverse = if usable { LIMIT / max } else { 0.0 };
-        out.scale[b] = match (usable, max.is_finite()) {
-            (true, _) => max / LIMIT,
-            (false, true) => 0.0,
-            // What is not finite spoils the whole row, as it would in floats.
-            (false, false) => f32::NAN,
-        };
-        for (j, g) in groups.iter().enumerate() {
+        let Grid { scale, inverse, usable } =
+            grid(f32::from_bits(max as u32), f32::from_bits(rest as u32));
+        out.scale[b] = scale;
+        for (j, (g, picks)) in groups.iter().zip(picks).enumerate() {
             let at = b * 8 + j;
             let mut q = [0i32; 32];
             for (q, v) in q.iter_mut().zip(g) {
@@ -207,7 +313,8 @@ fn round_body<const FMA: bool>(x: &[f32], out: &mut Row<'_>) {
             }
             let mut levels = [0u8; 64];
             for i in 0..32 {
-                let high = (q[i] + HIGH / 2) >> HIGH_SHIFT;
+                let picked = picks.contains(&((i / STEP) as u8));
+                let high = if picked { (q[i] + HIGH / 2) >> HIGH_SHIFT } else { 0 };
                 levels[i] = high as u8;
                 levels[32 + i] = (q[i] - (high << HIGH_SHIFT)) as u8;
             }
@@ -221,10 +328,8 @@ fn round_body<const FMA: bool>(x: &[f32], out: &mut Row<'_>) {
             }
             let low: i32 = q[..16].iter().sum();
             let high: i32 = q[16..].iter().sum();
-            (out.sums16[2 * at], out.sums16[2 * at + 1]) = (low, high);
-            out.sums32[at] = low + high;
-            // SAFETY: the group's sum, which only this call writes.
-            unsafe { *out.sums.at(at * TILE) = (low + high) as f32 };
+            // SAFETY: the row has the group, and only this call writes it.
+            unsafe { out.note(at, [low, high], picks) };
         }
     }
 }
@@ -232,7 +337,7 @@ dispatch! { fn round_plain(x: &[f32], out: &mut Row<'_>) => round_body }
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{HIGH, HIGH_SHIFT, LIMIT, Row, TILE, TINY};
+    use super::{Grid, HIGH, HIGH_SHIFT, Row, grid};
     use std::arch::x86_64::*;
 
     /// The same as [`super::round_body`], bit for bit.
@@ -242,52 +347,135 @@ mod avx512 {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub(super) unsafe fn round_row(x: &[f32], out: &mut Row<'_>) {
         for (b, x) in x.chunks(256).enumerate() {
-            let (halves, _) = x.as_chunks::<16>();
-            let magnitude = _mm512_set1_epi32(0x7fff_ffff);
-            let mut top = _mm512_setzero_si512();
-            for h in halves {
-                // SAFETY: sixteen floats.
-                let v = unsafe { _mm512_loadu_si512(h.as_ptr().cast()) };
-                top = _mm512_max_epu32(top, _mm512_and_si512(v, magnitude));
-            }
-            let max = f32::from_bits(_mm512_reduce_max_epu32(top));
-            let usable = max.is_finite() && max >= TINY;
-            out.scale[b] = match (usable, max.is_finite()) {
-                (true, _) => max / LIMIT,
-                (false, true) => 0.0,
-                (false, false) => f32::NAN,
-            };
-            let inverse = _mm512_set1_ps(if usable { LIMIT / max } else { 0.0 });
+            let (groups, _) = x.as_chunks::<32>();
+            let (picks, max, rest) = pick(groups);
+            let Grid { scale, inverse, usable } = grid(max, rest);
+            out.scale[b] = scale;
             let keep = if usable { u16::MAX } else { 0 };
-            for (j, pair) in halves.chunks_exact(2).enumerate() {
+            let mut sums = [_mm256_setzero_si256(); 8];
+            for (j, g) in groups.iter().enumerate() {
+                let of = |v: &[i32; 8]| _mm512_set1_epi32(v[j]);
+                let (first, second) = (of(&picks[0]), of(&picks[1]));
                 let at = b * 8 + j;
-                let mut sum = [0; 2];
-                for (i, h) in pair.iter().enumerate() {
-                    // SAFETY: sixteen floats; the group's 64 bytes are inside the row's levels,
-                    // which only this call writes.
-                    unsafe {
-                        let v = _mm512_maskz_loadu_ps(keep, h.as_ptr());
-                        let q = _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse));
-                        let up = _mm512_add_epi32(q, _mm512_set1_epi32(HIGH / 2));
-                        let high = _mm512_srai_epi32::<HIGH_SHIFT>(up);
-                        let low = _mm512_sub_epi32(q, _mm512_slli_epi32::<HIGH_SHIFT>(high));
-                        let to = out.levels.at(at * out.stride + i * 16);
-                        let (high, low) = (_mm512_cvtepi32_epi8(high), _mm512_cvtepi32_epi8(low));
-                        _mm_storeu_si128(to.cast(), high);
-                        _mm_storeu_si128(to.add(32).cast(), low);
-                        if let Some(to) = out.wide(at) {
-                            _mm_storeu_si128(to.add(i * 16).cast(), high);
-                            _mm_storeu_si128(to.add(i * 16 + out.stride).cast(), low);
-                        }
-                        sum[i] = _mm512_reduce_add_epi32(q);
+                let mut high = [_mm_setzero_si128(); 2];
+                let mut low = high;
+                for half in 0..2 {
+                    // SAFETY: sixteen floats.
+                    let v = unsafe { _mm512_maskz_loadu_ps(keep, g[half * 16..].as_ptr()) };
+                    let q = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse)));
+                    let step = _mm512_add_epi32(
+                        _mm512_set1_epi32(4 * half as i32),
+                        _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0),
+                    );
+                    let picked = _mm512_cmpeq_epi32_mask(step, first)
+                        | _mm512_cmpeq_epi32_mask(step, second);
+                    let up = _mm512_add_epi32(q, _mm512_set1_epi32(HIGH / 2));
+                    let h = _mm512_maskz_srai_epi32::<HIGH_SHIFT>(picked, up);
+                    let l = _mm512_sub_epi32(q, _mm512_slli_epi32::<HIGH_SHIFT>(h));
+                    (high[half], low[half]) = (_mm512_cvtepi32_epi8(h), _mm512_cvtepi32_epi8(l));
+                }
+                let high = _mm256_set_m128i(high[1], high[0]);
+                let low = _mm256_set_m128i(low[1], low[0]);
+                // SAFETY: the group's 64 bytes are inside the row's levels, which only this call
+                // writes.
+                unsafe {
+                    let to = out.levels.at(at * out.stride);
+                    _mm256_storeu_si256(to.cast(), high);
+                    _mm256_storeu_si256(to.add(32).cast(), low);
+                    if let Some(to) = out.wide(at) {
+                        _mm256_storeu_si256(to.cast(), high);
+                        _mm256_storeu_si256(to.add(out.stride).cast(), low);
                     }
                 }
-                (out.sums16[2 * at], out.sums16[2 * at + 1]) = (sum[0], sum[1]);
-                out.sums32[at] = sum[0] + sum[1];
-                // SAFETY: the group's sum, which only this call writes.
-                unsafe { *out.sums.at(at * TILE) = (sum[0] + sum[1]) as f32 };
+                // Pairs of inputs, then steps: at most 2 · (16 · 127 + 127).
+                let high = _mm256_maddubs_epi16(_mm256_set1_epi8(HIGH as i8), high);
+                let low = _mm256_maddubs_epi16(_mm256_set1_epi8(1), low);
+                sums[j] = _mm256_madd_epi16(_mm256_add_epi16(high, low), _mm256_set1_epi16(1));
+            }
+            for (half, sums) in sums.as_chunks::<4>().0.iter().enumerate() {
+                // The first halves of four groups, then their second ones.
+                let sum = _mm256_hadd_epi32(
+                    _mm256_hadd_epi32(sums[0], sums[1]),
+                    _mm256_hadd_epi32(sums[2], sums[3]),
+                );
+                let mut all = [0; 8];
+                // SAFETY: eight integers.
+                unsafe { _mm256_storeu_si256(all.as_mut_ptr().cast(), sum) };
+                for j in half * 4..groups.len().min(half * 4 + 4) {
+                    let picks = [picks[0][j] as u8, picks[1][j] as u8];
+                    // SAFETY: the row has the group, and only this call writes it.
+                    unsafe { out.note(b * 8 + j, [all[j % 4], all[4 + j % 4]], picks) };
+                }
             }
         }
+    }
+
+    /// [`super::pick`] for all groups of a block: the picks by their rank, and the block's largest
+    /// magnitudes, of all and outside the picks.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn pick(groups: &[[f32; 32]]) -> ([[i32; 8]; 2], f32, f32) {
+        let even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+        let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+        // The larger of each two that lie together.
+        let halve = |a, b| {
+            let (even, odd) =
+                (_mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b));
+            _mm512_max_epi32(even, odd)
+        };
+        let mut tops = [_mm512_setzero_si512(); 8];
+        for (top, g) in tops.iter_mut().zip(groups) {
+            let magnitude = _mm512_set1_epi32(0x7fff_ffff);
+            let at = g.as_ptr();
+            // SAFETY: two times sixteen floats.
+            let (a, b) =
+                unsafe { (_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(at.add(16).cast())) };
+            *top = halve(_mm512_and_si512(a, magnitude), _mm512_and_si512(b, magnitude));
+        }
+        // Two groups each, their eight steps one behind the other.
+        let mut two = [_mm512_setzero_si512(); 4];
+        for (two, tops) in two.iter_mut().zip(tops.as_chunks::<2>().0) {
+            *two = halve(tops[0], tops[1]);
+        }
+        // Four steps of four groups, step by step: of the first four groups, then of the others.
+        let four = |from: i32, a, b| {
+            let lane = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
+            _mm512_permutex2var_epi32(a, _mm512_add_epi32(lane, _mm512_set1_epi32(from)), b)
+        };
+        let none = _mm256_set1_epi32(-1);
+        let (mut first, mut second, mut third) = (none, none, none);
+        let mut picks = [none; 2];
+        for from in [0, 4] {
+            let (a, b) = (four(from, two[0], two[1]), four(from, two[2], two[3]));
+            // Two steps of all eight groups.
+            let steps = [
+                _mm512_permutex2var_epi64(a, _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), b),
+                _mm512_permutex2var_epi64(a, _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4), b),
+            ];
+            for i in 0..4 {
+                let both = steps[i / 2];
+                let top = match i % 2 {
+                    0 => _mm512_castsi512_si256(both),
+                    _ => _mm512_extracti64x4_epi64::<1>(both),
+                };
+                let step = _mm256_set1_epi32(from + i as i32);
+                let over_first = _mm256_cmpgt_epi32_mask(top, first);
+                let over_second = _mm256_cmpgt_epi32_mask(top, second);
+                picks[1] = _mm256_mask_mov_epi32(picks[1], over_second, step);
+                picks[1] = _mm256_mask_mov_epi32(picks[1], over_first, picks[0]);
+                picks[0] = _mm256_mask_mov_epi32(picks[0], over_first, step);
+                third = _mm256_max_epi32(third, _mm256_min_epi32(second, top));
+                second = _mm256_max_epi32(second, _mm256_min_epi32(first, top));
+                first = _mm256_max_epi32(first, top);
+            }
+        }
+        let mut out = [[0; 8]; 2];
+        for (out, picks) in out.iter_mut().zip(picks) {
+            // SAFETY: eight integers.
+            unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), picks) };
+        }
+        let most = |v| _mm512_reduce_max_epi32(_mm512_zextsi256_si512(v));
+        (out, f32::from_bits(most(first) as u32), f32::from_bits(most(third) as u32))
     }
 }
 
@@ -306,12 +494,14 @@ mod tests {
             let mut facts = Vec::new();
             for (plain, (bytes, wide)) in bytes.iter_mut().zip(&mut wides).enumerate() {
                 let (mut scale, mut sums) = (vec![0.0; 3], vec![0.0; 18 * TILE]);
-                let (mut sums16, mut sums32) = (vec![0; 36], vec![0; 18]);
+                let (mut starts16, mut starts32) = (vec![[0; 2]; 18 * TILE], vec![0; 18 * TILE]);
+                let mut picks = vec![[0; PICKS]; 18 * TILE];
                 let mut row = Row {
                     scale: &mut scale,
-                    sums16: &mut sums16,
-                    sums32: &mut sums32,
                     sums: SendPtr(sums.as_mut_ptr()),
+                    starts32: SendPtr(starts32.as_mut_ptr()),
+                    starts16: SendPtr(starts16.as_mut_ptr()),
+                    picks: SendPtr(picks.as_mut_ptr()),
                     levels: SendPtr(bytes.as_mut_ptr()),
                     wide: Some(SendPtr(wide.as_mut_ptr())),
                     stride: 64,
@@ -322,7 +512,7 @@ mod tests {
                     round_row(&x, &mut row)
                 }
                 let scale: Vec<u32> = scale.iter().map(|v| v.to_bits()).collect();
-                facts.push((scale, sums, sums16, sums32));
+                facts.push((scale, sums, starts16, starts32, picks));
             }
             assert_eq!(bytes[0], bytes[1]);
             for (wides, groups) in wides[0].as_chunks::<128>().0.iter().zip(bytes[0].chunks(128)) {
@@ -336,33 +526,61 @@ mod tests {
     }
 
     #[test]
-    fn rounds_to_twelve_bits() {
+    fn picks_the_two_largest() {
+        for (tops, picks, most) in [
+            ([0; 8], [0, 1], [0; 3]),
+            ([5, 0, 0, 0, 0, 0, 0, 0], [0, 1], [5, 0, 0]),
+            ([0, 0, 0, 0, 0, 0, 0, 5], [7, 0], [5, 0, 0]),
+            ([1, 2, 3, 4, 5, 6, 7, 8], [7, 6], [8, 7, 6]),
+            ([8, 7, 6, 5, 4, 3, 2, 1], [0, 1], [8, 7, 6]),
+            ([3, 9, 9, 1, 9, 2, 0, 0], [1, 2], [9, 9, 9]),
+            ([1, 9, 4, 4, 3, 4, 0, 0], [1, 2], [9, 4, 4]),
+        ] {
+            assert_eq!(pick(tops), (picks, most), "{tops:?}");
+        }
+    }
+
+    /// Two steps of a group have both levels, the others the low one; the step is the finest that holds
+    /// them all.
+    #[test]
+    fn rounds_to_a_common_step() {
         let mut rng = Rng::new(21);
         let pool = ThreadPool::new(2);
         let mut a = Activations::default();
-        for (m, cols) in [(1, 32), (3, 256), (17, 576), (40, 288)] {
+        for (m, cols, outlier) in [(1, 32, 3.0), (3, 256, 20.0), (17, 576, 1000.0), (40, 288, 0.0)]
+        {
             let mut x = rng.floats(m * cols, 3.0);
-            x[0] = -1000.0;
+            x[0] = -outlier;
             a.prepare(&pool, &x, m, cols, false);
             for row in 0..m {
                 for g in 0..cols / 32 {
                     let scale = a.scale[row * cols.div_ceil(256) + g / 8];
                     let levels = a.group(row, g);
+                    let picks = a.picks[a.sum_at(row, g)];
+                    assert!(picks[0] != picks[1]);
                     let mut sum = [0; 2];
                     for i in 0..32 {
                         let (hi, lo) = (levels[i] as i8, levels[32 + i] as i8);
-                        assert!(hi > -128 && (-8..8).contains(&lo));
+                        let both = picks.contains(&((i / STEP) as u8));
+                        assert!(hi > -128 && lo > -128);
+                        assert!(if both { (-8..8).contains(&lo) } else { hi == 0 });
                         let q = i32::from(hi) * HIGH + i32::from(lo);
                         sum[i / 16] += q;
                         let v = x[row * cols + g * 32 + i];
                         assert!((q as f32 * scale - v).abs() <= scale * 0.502, "{v} {q} {scale}");
                     }
-                    let at = row * (cols / 32) + g;
-                    assert_eq!(sum, [a.sums16[2 * at], a.sums16[2 * at + 1]]);
-                    assert_eq!(a.sums32[at], sum[0] + sum[1]);
-                    assert_eq!(a.sums[a.sum_at(row, g)], (sum[0] + sum[1]) as f32);
+                    let at = a.sum_at(row, g);
+                    assert_eq!(a.starts16[at], sum.map(|sum| -32 * sum));
+                    assert_eq!(a.starts32[at], -8 * (sum[0] + sum[1]));
+                    assert_eq!(a.sums[at], (sum[0] + sum[1]) as f32);
+                }
+                for (b, x) in x[row * cols..][..cols].chunks(256).enumerate() {
+                    let most = x.iter().fold(0f32, |most, v| most.max(v.abs()));
+                    let scale = a.scale[row * cols.div_ceil(256) + b];
+                    assert!(scale >= most / LIMIT * 0.999 && scale <= most / LOW_LIMIT * 1.001);
                 }
             }
+            assert!(outlier != 1000.0 || (a.scale[0] - 1000.0 / LIMIT).abs() < 1e-4);
         }
     }
 }

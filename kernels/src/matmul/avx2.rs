@@ -193,19 +193,19 @@ unsafe fn group<F: Narrow, const M: usize>(
                     if (2 * i + k + 1).is_multiple_of(F::STEPS) {
                         let wide = _mm256_madd_epi16(high[r], _mm256_set1_epi16(HIGH as i16));
                         sums[r] = _mm256_add_epi32(sums[r], wide);
-                        high[r] = zero;
+                        let wide = _mm256_madd_epi16(low[r], _mm256_set1_epi16(1));
+                        sums[r] = _mm256_add_epi32(sums[r], wide);
+                        (high[r], low[r]) = (zero, zero);
                     }
                 }
             }
         }
     }
     for (r, sum) in sums.iter_mut().enumerate() {
-        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(low[r], _mm256_set1_epi16(1)));
-        if let (Some(shift), false) = (F::SHIFT, F::SIGNED) {
-            let groups = at.x.cols / (F::VECTORS * 4);
-            let i = (at.row + r) * groups + at.block * F::GROUPS + j;
-            let inputs = if F::VECTORS == 4 { &at.x.sums16 } else { &at.x.sums32 };
-            *sum = _mm256_sub_epi32(*sum, _mm256_set1_epi32(inputs[i] << shift));
+        if !F::SIGNED {
+            // SAFETY: row, block and group exist.
+            let start = unsafe { at.x.start::<F>(at.row + r, at.block, j) };
+            *sum = _mm256_add_epi32(*sum, _mm256_set1_epi32(start));
         }
     }
     sums
@@ -229,8 +229,7 @@ impl Scales {
 
 /// A quantised type as this kernel sees it. All functions need AVX2, FMA and F16C.
 trait Narrow: Format {
-    /// Products of the high level of so many steps of four inputs fit 16 bits together; those of the low
-    /// level, at most 8, fit for a whole group.
+    /// Products of a level of so many steps of four inputs fit 16 bits together.
     const STEPS: usize;
 
     /// The scales of half `half` of the lanes in a block; groups that do not exist are left alone.

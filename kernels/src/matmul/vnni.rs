@@ -129,7 +129,7 @@ unsafe fn rows_of<F: Format, const M: usize, const P: usize>(
                 F::scales(*panel, &g, block, scales);
             }
             let levels = tile.add(block * 8 * stride + row % TILE * 64);
-            let inputs = Inputs { cols: g.cols, block, levels, stride, x, row };
+            let inputs = Inputs { block, levels, stride, x, row };
             let quants = panels.map(|panel| panel.add(g.quants_at(block)));
             let mut a = [[_mm512_setzero_si512(); M]; P];
             for j in 0..groups {
@@ -157,7 +157,6 @@ unsafe fn rows_of<F: Format, const M: usize, const P: usize>(
 
 /// Where a block's inputs are.
 struct Inputs<'a> {
-    cols: usize,
     block: usize,
     /// Levels of the first row in the block's first group of 32.
     levels: *const u8,
@@ -184,12 +183,9 @@ unsafe fn group<F: Format, const M: usize, const P: usize>(
     unsafe {
         let mut low = [[_mm512_setzero_si512(); M]; P];
         let mut high = low;
-        if let Some(shift) = F::SHIFT {
-            let groups = at.cols / (F::VECTORS * 4);
-            let sums = if F::VECTORS == 4 { &at.x.sums16 } else { &at.x.sums32 };
+        if F::SHIFT.is_some() {
             for r in 0..M {
-                let i = (at.row + r) * groups + at.block * F::GROUPS + j;
-                let start = _mm512_set1_epi32(-(*sums.get_unchecked(i) << shift));
+                let start = _mm512_set1_epi32(at.x.start::<F>(at.row + r, at.block, j));
                 low.iter_mut().for_each(|low| low[r] = start);
             }
         }

@@ -3,10 +3,10 @@
 //! A block of 256 inputs of two panels is expanded once, to bytes without a sign in the first cache;
 //! then the rows meet it, a few at a time, so that whatever is loaded serves several products.
 //!
-//! Of a four-bit weight `q` both `q` and `16 q` are such bytes, so `16 Σ q·hi + Σ q·lo` is one sum. The
-//! other types have a sum for each level.
+//! Of the eight steps of a group a row has a high level in two ([`super::activations`]): their weights
+//! are looked up, and the other six products of the high level, which are zero, are left out.
 
-use super::activations::{Activations, HIGH_SHIFT, TILE};
+use super::activations::{Activations, HIGH_SHIFT, PICKS, TILE, UNIT32_SHIFT};
 use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales, by_kind};
 use super::packed::{Kind, QuantTiles};
 use super::vnni::{accumulate, block_sum};
@@ -14,18 +14,17 @@ use super::{Out, PANEL};
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 /// Panels that meet the rows together.
 const SIDE: usize = 2;
-/// Bytes of a vector's inputs, expanded: the weights, and 16 times the weights if they are nibbles.
-const STEP: usize = 128;
 /// Vectors of a block of 256 inputs.
 const VECTORS: usize = 64;
 
 /// Blocks of [`SIDE`] panels, expanded.
 #[repr(C, align(64))]
 struct Scratch {
-    bytes: [[[u8; STEP]; VECTORS]; SIDE],
+    weights: [[__m512i; VECTORS]; SIDE],
     scales: [Scales; SIDE],
 }
 
@@ -50,7 +49,7 @@ pub(super) unsafe fn multiply(
         let scratch = scratch.get_or_insert_with(|| {
             // SAFETY: the processor has AVX-512.
             let scales = unsafe { [Scales::zero(); SIDE] };
-            Box::new(Scratch { bytes: [[[0; STEP]; VECTORS]; SIDE], scales })
+            Box::new(Scratch { weights: [[_mm512_setzero_si512(); VECTORS]; SIDE], scales })
         });
         // SAFETY: the caller's promises.
         unsafe { by_kind!(w.geometry.kind, all(w, x, panels, rows, out, scratch)) }
@@ -87,7 +86,7 @@ unsafe fn all<F: Format>(
                 // and the rows share a tile.
                 row += unsafe {
                     match (most, side) {
-                        (6.., SIDE) if F::NIBBLES => tile::<F, 6, SIDE>(w, x, at, scratch, out),
+                        (6.., SIDE) if !F::WHOLE => tile::<F, 6, SIDE>(w, x, at, scratch, out),
                         (4.., SIDE) => tile::<F, 4, SIDE>(w, x, at, scratch, out),
                         (2.., SIDE) => tile::<F, 2, SIDE>(w, x, at, scratch, out),
                         (_, SIDE) => tile::<F, 1, SIDE>(w, x, at, scratch, out),
@@ -117,19 +116,11 @@ unsafe fn expand<F: Format>(
     let (g, panel) = (&w.geometry, w.panel(panel).as_ptr());
     // SAFETY: the caller's promises.
     unsafe { F::scales(panel, g, block, &mut scratch.scales[p]) };
-    let steps = scratch.bytes[p].chunks_exact_mut(F::VECTORS);
-    for (j, steps) in steps.enumerate().take(g.groups(block)) {
-        // SAFETY: the group exists; a step is two vectors.
-        unsafe {
-            let q = F::quants(panel.add(g.quants_at(block) + j * F::BYTES));
-            for (q, step) in q.iter().zip(steps) {
-                let to = step.as_mut_ptr();
-                _mm512_store_si512(to.cast(), *q);
-                if F::NIBBLES {
-                    _mm512_store_si512(to.add(64).cast(), _mm512_slli_epi16::<4>(*q));
-                }
-            }
-        }
+    let vectors = scratch.weights[p].chunks_exact_mut(F::VECTORS);
+    for (j, vectors) in vectors.enumerate().take(g.groups(block)) {
+        // SAFETY: the group exists.
+        let q = unsafe { F::quants(panel.add(g.quants_at(block) + j * F::BYTES)) };
+        vectors.copy_from_slice(&q[..F::VECTORS]);
     }
 }
 
@@ -207,54 +198,51 @@ unsafe fn tile<F: Format, const M: usize, const P: usize>(
     let g = &w.geometry;
     let (levels, stride) = x.tile(at.row / TILE);
     let levels = levels.wrapping_add(at.block * 8 * stride + at.row % TILE * 64);
-    let per32 = 8 / F::VECTORS;
-    let sums = x.sums[x.sum_at(at.row, at.block * 8)..].as_ptr();
+    let first = x.sum_at(at.row, at.block * 8);
+    let (sums, picks) = (x.sums[first..].as_ptr(), x.picks[first..].as_ptr());
+    let (starts, starts16) = (x.starts32[first..].as_ptr(), x.starts16[first..].as_ptr());
+    // Groups of the format in each 32 inputs.
+    let parts = 8 / F::VECTORS;
     let mut a = [[_mm512_setzero_si512(); M]; P];
-    for j in 0..g.groups(at.block) {
-        let levels = levels.wrapping_add(j / per32 * stride + j % per32 * 16);
-        // SAFETY: block, group and rows exist.
+    for group in 0..g.groups(at.block) / parts {
+        let levels = levels.wrapping_add(group * stride);
+        // SAFETY: block, group and rows exist, so do the picked steps.
         unsafe {
-            let mut low = [[_mm512_setzero_si512(); M]; P];
-            if let Some(shift) = F::SHIFT {
-                let groups = g.cols / (F::VECTORS * 4);
-                let sums = if F::VECTORS == 4 { &x.sums16 } else { &x.sums32 };
-                for r in 0..M {
-                    let i = (at.row + r) * groups + at.block * F::GROUPS + j;
-                    let start = _mm512_set1_epi32(-(*sums.get_unchecked(i) << shift));
-                    low.iter_mut().for_each(|low| low[r] = start);
+            let mut isum = [[_mm512_setzero_si512(); M]; P];
+            for r in 0..M {
+                // Else the operands of all rows are loaded at once, and do not fit the registers.
+                compiler_fence(Ordering::Release);
+                let at = group * TILE + r;
+                let row = levels.add(r * 64);
+                let high = high::<F, P>(scratch, row, group, *picks.add(at), *starts.add(at));
+                for p in 0..P {
+                    let to = if F::WHOLE { &mut a[p][r] } else { &mut isum[p][r] };
+                    *to = _mm512_add_epi32(*to, high[p]);
                 }
             }
-            let mut high = [[_mm512_setzero_si512(); M]; P];
-            for i in 0..F::VECTORS {
-                let step = scratch
-                    .bytes
-                    .each_ref()
-                    .map(|panel| panel.get_unchecked(j * F::VECTORS + i).as_ptr());
-                for r in 0..M {
-                    let x = levels.add(r * 64 + i * 4).cast::<i32>();
-                    let hi = _mm512_set1_epi32(x.read_unaligned());
-                    let lo = _mm512_set1_epi32(x.add(8).read_unaligned());
-                    for p in 0..P {
-                        let q = _mm512_load_si512(step[p].cast());
-                        if F::NIBBLES {
-                            let q16 = _mm512_load_si512(step[p].add(64).cast());
-                            low[p][r] = _mm512_dpbusd_epi32(low[p][r], q16, hi);
-                        } else {
-                            high[p][r] = _mm512_dpbusd_epi32(high[p][r], q, hi);
+            for part in 0..parts {
+                if F::WHOLE {
+                    for r in 0..M {
+                        let start = (*starts16.add(group * TILE + r))[part];
+                        isum.iter_mut().for_each(|isum| isum[r] = _mm512_set1_epi32(start));
+                    }
+                }
+                for step in part * F::VECTORS..(part + 1) * F::VECTORS {
+                    for r in 0..M {
+                        let low = broadcast(levels.add(r * 64 + 32 + step * 4));
+                        for p in 0..P {
+                            let q = *scratch.weights[p].get_unchecked(group * 8 + step);
+                            isum[p][r] = _mm512_dpbusd_epi32(isum[p][r], q, low);
                         }
-                        low[p][r] = _mm512_dpbusd_epi32(low[p][r], q, lo);
                     }
                 }
-            }
-            for p in 0..P {
-                let scales = &scratch.scales[p];
-                for r in 0..M {
-                    let mut isum = low[p][r];
-                    if !F::NIBBLES {
-                        isum = _mm512_add_epi32(_mm512_slli_epi32::<HIGH_SHIFT>(high[p][r]), isum);
+                let j = group * parts + part;
+                for p in 0..P {
+                    for r in 0..M {
+                        let xsum = sums.add(j * TILE + r);
+                        let scales = &scratch.scales[p];
+                        a[p][r] = accumulate::<F>(a[p][r], isum[p][r], scales, j, xsum);
                     }
-                    let xsum = sums.add(j * TILE + r);
-                    a[p][r] = accumulate::<F>(a[p][r], isum, scales, j, xsum);
                 }
             }
         }
@@ -266,6 +254,66 @@ unsafe fn tile<F: Format, const M: usize, const P: usize>(
         };
     }
     M
+}
+
+/// What the high level of a row's group of 32 adds to its sums, whose levels are at `row`, with `start` in its
+/// place ([`Activations::start`]). Where scales are whole the sums are scaled, and the start is left out.
+///
+/// # Safety
+/// The group is expanded and has these steps; AVX-512 with VNNI.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn high<F: Format, const P: usize>(
+    scratch: &Scratch,
+    row: *const u8,
+    group: usize,
+    picks: [u8; PICKS],
+    start: i32,
+) -> [__m512i; P] {
+    const EARLY: u32 = UNIT32_SHIFT + HIGH_SHIFT;
+    const { assert!(F::WHOLE || matches!(F::SHIFT, None | Some(EARLY | UNIT32_SHIFT))) };
+    let zero = _mm512_setzero_si512();
+    let start = _mm512_set1_epi32(start);
+    // Before the shift, which makes it as large as it must be, or after it.
+    let (early, late) = match F::SHIFT {
+        Some(EARLY) if !F::WHOLE => (start, zero),
+        Some(UNIT32_SHIFT) if !F::WHOLE => (zero, start),
+        _ => (zero, zero),
+    };
+    let mut sums = [early; P];
+    for step in picks {
+        let step = usize::from(step);
+        // SAFETY: the caller's promises.
+        unsafe {
+            let high = broadcast(row.add(step * 4));
+            for (p, sum) in sums.iter_mut().enumerate() {
+                let q = *scratch.weights[p].get_unchecked(group * 8 + step);
+                if F::WHOLE {
+                    let j = (group * 8 + step) / F::VECTORS;
+                    let scale = *scratch.scales[p].whole.get_unchecked(j);
+                    let scaled = _mm512_mullo_epi32(_mm512_dpbusd_epi32(zero, q, high), scale);
+                    *sum = _mm512_add_epi32(*sum, scaled);
+                } else {
+                    *sum = _mm512_dpbusd_epi32(*sum, q, high);
+                }
+            }
+        }
+    }
+    for sum in &mut sums {
+        *sum = _mm512_add_epi32(_mm512_slli_epi32::<HIGH_SHIFT>(*sum), late);
+    }
+    sums
+}
+
+/// Four bytes, sixteen times.
+///
+/// # Safety
+/// They are there; AVX-512.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn broadcast(at: *const u8) -> __m512i {
+    // SAFETY: the caller's promise.
+    _mm512_set1_epi32(unsafe { at.cast::<i32>().read_unaligned() })
 }
 
 /// Adds the scaled sums `a` of a block of a panel to `M` rows of the output; the first block begins it.
