@@ -30,10 +30,9 @@ const LOW_LIMIT: f32 = 127.0;
 /// Inputs of a step, and steps of a group that have both levels.
 const STEP: usize = 4;
 pub(super) const PICKS: usize = 2;
-/// Weights in groups of 32 are stored plus nothing or a multiple of the first, those of 16 plus the second.
-pub(super) const UNIT32: i32 = 1 << UNIT32_SHIFT;
-pub(super) const UNIT32_SHIFT: u32 = 3;
-const UNIT16: i32 = 32;
+/// Weights are stored with their sign, or plus a multiple of this.
+const UNIT: i32 = 1 << UNIT_SHIFT;
+pub(super) const UNIT_SHIFT: u32 = 3;
 /// A block below this is zero; its reciprocal would overflow.
 const TINY: f32 = 1e-34;
 
@@ -48,14 +47,32 @@ pub(super) struct Activations {
     /// Sums of the rounded inputs of each 32, as floats (exact): `[tile of 16 rows][group of 32][row]`, see
     /// [`Self::sum_at`].
     pub(super) sums: Vec<f32>,
-    /// The same times -[`UNIT32`], which weights stored plus a multiple of it begin with.
-    pub(super) starts32: Vec<i32>,
-    /// The same for the two halves of each 32, times -[`UNIT16`].
-    pub(super) starts16: Vec<[i32; 2]>,
-    /// The steps of a group that have both levels, 0 to 7, each once: where [`Self::sums`] has its sum.
-    pub(super) picks: Vec<[u8; PICKS]>,
+    /// What else is known of each 32, in the same place.
+    pub(super) notes: Vec<Note>,
     /// What a rounded input stands for: `[row][blocks of 256]`, rows up to a whole tile.
     pub(super) scale: Vec<f32>,
+}
+
+/// What is known of 32 inputs of a row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C, align(8))]
+pub(super) struct Note {
+    /// The sum of the rounded inputs times -8, which a sum of weights stored plus 8 begins with.
+    pub(super) start: i32,
+    /// The sum of the first half: at most 16 · 2032.
+    first: i16,
+    /// The steps that have both levels, 0 to 7, each once.
+    pub(super) picks: [u8; PICKS],
+}
+
+impl Note {
+    /// [`Note::start`] of one half.
+    #[inline(always)]
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn half(self, half: usize) -> i32 {
+        let first = -UNIT * i32::from(self.first);
+        if half == 0 { first } else { self.start - first }
+    }
 }
 
 impl Default for Activations {
@@ -66,9 +83,7 @@ impl Default for Activations {
             levels: Buffer::new(0),
             wide: Buffer::new(0),
             sums: Vec::new(),
-            starts32: Vec::new(),
-            starts16: Vec::new(),
-            picks: Vec::new(),
+            notes: Vec::new(),
             scale: Vec::new(),
         }
     }
@@ -93,15 +108,11 @@ impl Activations {
         }
         let whole = m.next_multiple_of(TILE);
         self.sums.resize(whole * groups, 0.0);
-        self.starts32.resize(whole * groups, 0);
-        self.starts16.resize(whole * groups, [0; 2]);
-        self.picks.resize(whole * groups, [0, 1]);
+        self.notes.resize(whole * groups, Note::default());
         self.scale.resize(whole * blocks, 0.0);
         let rows = (16 * 1024 / cols.max(1)).max(1);
         let sums = SendPtr(self.sums.as_mut_ptr());
-        let starts32 = SendPtr(self.starts32.as_mut_ptr());
-        let starts16 = SendPtr(self.starts16.as_mut_ptr());
-        let picks = SendPtr(self.picks.as_mut_ptr());
+        let notes = SendPtr(self.notes.as_mut_ptr());
         let levels = SendPtr(self.levels.as_mut_ptr());
         let wides = wide.then(|| SendPtr(self.wide.as_mut_ptr()));
         pool.run_chunks(&mut self.scale[..m * blocks], rows * blocks.max(1), &|i, scale| {
@@ -116,9 +127,7 @@ impl Activations {
                     Row {
                         scale,
                         sums: SendPtr(sums.at(first)),
-                        starts32: SendPtr(starts32.at(first)),
-                        starts16: SendPtr(starts16.at(first)),
-                        picks: SendPtr(picks.at(first)),
+                        notes: SendPtr(notes.at(first)),
                         levels: SendPtr(levels.at((tile * TILE * groups + lane) * 64)),
                         wide: wides
                             .as_ref()
@@ -146,17 +155,11 @@ impl Activations {
     #[cfg(target_arch = "x86_64")]
     pub(super) unsafe fn start<F: Format>(&self, row: usize, block: usize, j: usize) -> i32 {
         // SAFETY: the caller's promise.
-        unsafe {
-            match F::SHIFT {
-                None => 0,
-                Some(_) if F::VECTORS == 4 => {
-                    self.starts16.get_unchecked(self.sum_at(row, block * 8 + j / 2))[j % 2]
-                }
-                Some(shift) => {
-                    let start = self.starts32.get_unchecked(self.sum_at(row, block * 8 + j));
-                    start << (shift - UNIT32_SHIFT)
-                }
-            }
+        let note = |group| unsafe { self.notes.get_unchecked(self.sum_at(row, block * 8 + group)) };
+        match F::SHIFT {
+            None => 0,
+            Some(shift) if F::VECTORS == 4 => note(j / 2).half(j % 2) << (shift - UNIT_SHIFT),
+            Some(shift) => note(j).start << (shift - UNIT_SHIFT),
         }
     }
 
@@ -195,11 +198,9 @@ impl Activations {
 
 struct Row<'a> {
     scale: &'a mut [f32],
-    /// These four are [`TILE`] from group to group.
+    /// These are [`TILE`] from group to group.
     sums: SendPtr<f32>,
-    starts32: SendPtr<i32>,
-    starts16: SendPtr<[i32; 2]>,
-    picks: SendPtr<[u8; PICKS]>,
+    notes: SendPtr<Note>,
     levels: SendPtr<u8>,
     wide: Option<SendPtr<u8>>,
     /// Bytes between the groups of `levels`, and between the levels of `wide`.
@@ -213,13 +214,11 @@ impl Row<'_> {
     /// The row has the group, and this call alone writes it.
     #[inline(always)]
     unsafe fn note(&mut self, group: usize, sums: [i32; 2], picks: [u8; PICKS]) {
-        let at = group * TILE;
+        let note = Note { start: -UNIT * (sums[0] + sums[1]), first: sums[0] as i16, picks };
         // SAFETY: the caller's promises.
         unsafe {
-            *self.sums.at(at) = (sums[0] + sums[1]) as f32;
-            *self.starts32.at(at) = -UNIT32 * (sums[0] + sums[1]);
-            *self.starts16.at(at) = [-UNIT16 * sums[0], -UNIT16 * sums[1]];
-            *self.picks.at(at) = picks;
+            *self.sums.at(group * TILE) = (sums[0] + sums[1]) as f32;
+            *self.notes.at(group * TILE) = note;
         }
     }
 
@@ -352,7 +351,6 @@ mod avx512 {
             let Grid { scale, inverse, usable } = grid(max, rest);
             out.scale[b] = scale;
             let keep = if usable { u16::MAX } else { 0 };
-            let mut sums = [_mm256_setzero_si256(); 8];
             for (j, g) in groups.iter().enumerate() {
                 let of = |v: &[i32; 8]| _mm512_set1_epi32(v[j]);
                 let (first, second) = (of(&picks[0]), of(&picks[1]));
@@ -387,25 +385,18 @@ mod avx512 {
                         _mm256_storeu_si256(to.add(out.stride).cast(), low);
                     }
                 }
-                // Pairs of inputs, then steps: at most 2 · (16 · 127 + 127).
+                // Sums of two inputs, at most 2 · (16 · 127 + 127), of four, eight and sixteen.
                 let high = _mm256_maddubs_epi16(_mm256_set1_epi8(HIGH as i8), high);
                 let low = _mm256_maddubs_epi16(_mm256_set1_epi8(1), low);
-                sums[j] = _mm256_madd_epi16(_mm256_add_epi16(high, low), _mm256_set1_epi16(1));
-            }
-            for (half, sums) in sums.as_chunks::<4>().0.iter().enumerate() {
-                // The first halves of four groups, then their second ones.
-                let sum = _mm256_hadd_epi32(
-                    _mm256_hadd_epi32(sums[0], sums[1]),
-                    _mm256_hadd_epi32(sums[2], sums[3]),
+                let sums = _mm256_madd_epi16(_mm256_add_epi16(high, low), _mm256_set1_epi16(1));
+                let sums = _mm_hadd_epi32(
+                    _mm256_castsi256_si128(sums),
+                    _mm256_extracti128_si256::<1>(sums),
                 );
-                let mut all = [0; 8];
-                // SAFETY: eight integers.
-                unsafe { _mm256_storeu_si256(all.as_mut_ptr().cast(), sum) };
-                for j in half * 4..groups.len().min(half * 4 + 4) {
-                    let picks = [picks[0][j] as u8, picks[1][j] as u8];
-                    // SAFETY: the row has the group, and only this call writes it.
-                    unsafe { out.note(b * 8 + j, [all[j % 4], all[4 + j % 4]], picks) };
-                }
+                let sums = _mm_cvtsi128_si64(_mm_hadd_epi32(sums, sums));
+                let picks = [picks[0][j] as u8, picks[1][j] as u8];
+                // SAFETY: the row has the group, and only this call writes it.
+                unsafe { out.note(at, [sums as i32, (sums >> 32) as i32], picks) };
             }
         }
     }
@@ -494,14 +485,11 @@ mod tests {
             let mut facts = Vec::new();
             for (plain, (bytes, wide)) in bytes.iter_mut().zip(&mut wides).enumerate() {
                 let (mut scale, mut sums) = (vec![0.0; 3], vec![0.0; 18 * TILE]);
-                let (mut starts16, mut starts32) = (vec![[0; 2]; 18 * TILE], vec![0; 18 * TILE]);
-                let mut picks = vec![[0; PICKS]; 18 * TILE];
+                let mut notes = vec![Note::default(); 18 * TILE];
                 let mut row = Row {
                     scale: &mut scale,
                     sums: SendPtr(sums.as_mut_ptr()),
-                    starts32: SendPtr(starts32.as_mut_ptr()),
-                    starts16: SendPtr(starts16.as_mut_ptr()),
-                    picks: SendPtr(picks.as_mut_ptr()),
+                    notes: SendPtr(notes.as_mut_ptr()),
                     levels: SendPtr(bytes.as_mut_ptr()),
                     wide: Some(SendPtr(wide.as_mut_ptr())),
                     stride: 64,
@@ -512,7 +500,7 @@ mod tests {
                     round_row(&x, &mut row)
                 }
                 let scale: Vec<u32> = scale.iter().map(|v| v.to_bits()).collect();
-                facts.push((scale, sums, starts16, starts32, picks));
+                facts.push((scale, sums, notes));
             }
             assert_eq!(bytes[0], bytes[1]);
             for (wides, groups) in wides[0].as_chunks::<128>().0.iter().zip(bytes[0].chunks(128)) {
@@ -556,7 +544,8 @@ mod tests {
                 for g in 0..cols / 32 {
                     let scale = a.scale[row * cols.div_ceil(256) + g / 8];
                     let levels = a.group(row, g);
-                    let picks = a.picks[a.sum_at(row, g)];
+                    let note = a.notes[a.sum_at(row, g)];
+                    let picks = note.picks;
                     assert!(picks[0] != picks[1]);
                     let mut sum = [0; 2];
                     for i in 0..32 {
@@ -570,8 +559,8 @@ mod tests {
                         assert!((q as f32 * scale - v).abs() <= scale * 0.502, "{v} {q} {scale}");
                     }
                     let at = a.sum_at(row, g);
-                    assert_eq!(a.starts16[at], sum.map(|sum| -32 * sum));
-                    assert_eq!(a.starts32[at], -8 * (sum[0] + sum[1]));
+                    assert_eq!([note.half(0), note.half(1)], sum.map(|sum| -8 * sum));
+                    assert_eq!(note.start, -8 * (sum[0] + sum[1]));
                     assert_eq!(a.sums[at], (sum[0] + sum[1]) as f32);
                 }
                 for (b, x) in x[row * cols..][..cols].chunks(256).enumerate() {

@@ -17,7 +17,7 @@ const PIECES: usize = 4;
 
 /// From so many rows on a block that is expanded once for all of them is worth its way through the
 /// cache (measured).
-const MANY: usize = 12;
+const MANY: usize = 8;
 
 /// Some panels (or units of them) of one product, for some rows.
 struct Piece {

@@ -6,7 +6,7 @@
 //! Of the eight steps of a group a row has a high level in two ([`super::activations`]): their weights
 //! are looked up, and the other six products of the high level, which are zero, are left out.
 
-use super::activations::{Activations, HIGH_SHIFT, PICKS, TILE, UNIT32_SHIFT};
+use super::activations::{Activations, HIGH_SHIFT, Note, TILE, UNIT_SHIFT};
 use super::formats::{Format, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Scales, by_kind};
 use super::packed::{Kind, QuantTiles};
 use super::vnni::{accumulate, block_sum};
@@ -199,8 +199,7 @@ unsafe fn tile<F: Format, const M: usize, const P: usize>(
     let (levels, stride) = x.tile(at.row / TILE);
     let levels = levels.wrapping_add(at.block * 8 * stride + at.row % TILE * 64);
     let first = x.sum_at(at.row, at.block * 8);
-    let (sums, picks) = (x.sums[first..].as_ptr(), x.picks[first..].as_ptr());
-    let (starts, starts16) = (x.starts32[first..].as_ptr(), x.starts16[first..].as_ptr());
+    let (sums, notes) = (x.sums[first..].as_ptr(), x.notes[first..].as_ptr());
     // Groups of the format in each 32 inputs.
     let parts = 8 / F::VECTORS;
     let mut a = [[_mm512_setzero_si512(); M]; P];
@@ -212,9 +211,8 @@ unsafe fn tile<F: Format, const M: usize, const P: usize>(
             for r in 0..M {
                 // Else the operands of all rows are loaded at once, and do not fit the registers.
                 compiler_fence(Ordering::Release);
-                let at = group * TILE + r;
-                let row = levels.add(r * 64);
-                let high = high::<F, P>(scratch, row, group, *picks.add(at), *starts.add(at));
+                let note = &*notes.add(group * TILE + r);
+                let high = high::<F, P>(scratch, levels.add(r * 64), group, note);
                 for p in 0..P {
                     let to = if F::WHOLE { &mut a[p][r] } else { &mut isum[p][r] };
                     *to = _mm512_add_epi32(*to, high[p]);
@@ -223,7 +221,7 @@ unsafe fn tile<F: Format, const M: usize, const P: usize>(
             for part in 0..parts {
                 if F::WHOLE {
                     for r in 0..M {
-                        let start = (*starts16.add(group * TILE + r))[part];
+                        let start = x.start::<F>(at.row + r, at.block, group * parts + part);
                         isum.iter_mut().for_each(|isum| isum[r] = _mm512_set1_epi32(start));
                     }
                 }
@@ -256,8 +254,8 @@ unsafe fn tile<F: Format, const M: usize, const P: usize>(
     M
 }
 
-/// What the high level of a row's group of 32 adds to its sums, whose levels are at `row`, with `start` in its
-/// place ([`Activations::start`]). Where scales are whole the sums are scaled, and the start is left out.
+/// What the high level of a row's group of 32 adds to its sums, whose levels are at `row`, and what they begin
+/// with. Where scales are whole the sums are scaled, and the start is left out.
 ///
 /// # Safety
 /// The group is expanded and has these steps; AVX-512 with VNNI.
@@ -267,21 +265,20 @@ unsafe fn high<F: Format, const P: usize>(
     scratch: &Scratch,
     row: *const u8,
     group: usize,
-    picks: [u8; PICKS],
-    start: i32,
+    note: &Note,
 ) -> [__m512i; P] {
-    const EARLY: u32 = UNIT32_SHIFT + HIGH_SHIFT;
-    const { assert!(F::WHOLE || matches!(F::SHIFT, None | Some(EARLY | UNIT32_SHIFT))) };
+    const EARLY: u32 = UNIT_SHIFT + HIGH_SHIFT;
+    const { assert!(F::WHOLE || matches!(F::SHIFT, None | Some(EARLY | UNIT_SHIFT))) };
     let zero = _mm512_setzero_si512();
-    let start = _mm512_set1_epi32(start);
+    let start = _mm512_set1_epi32(note.start);
     // Before the shift, which makes it as large as it must be, or after it.
     let (early, late) = match F::SHIFT {
         Some(EARLY) if !F::WHOLE => (start, zero),
-        Some(UNIT32_SHIFT) if !F::WHOLE => (zero, start),
+        Some(UNIT_SHIFT) if !F::WHOLE => (zero, start),
         _ => (zero, zero),
     };
     let mut sums = [early; P];
-    for step in picks {
+    for step in note.picks {
         let step = usize::from(step);
         // SAFETY: the caller's promises.
         unsafe {
