@@ -228,9 +228,9 @@ unsafe fn tile<F: Format, const M: usize, const P: usize>(
                 for step in part * F::VECTORS..(part + 1) * F::VECTORS {
                     for r in 0..M {
                         let low = broadcast(levels.add(r * 64 + 32 + step * 4));
-                        for p in 0..P {
-                            let q = *scratch.weights[p].get_unchecked(group * 8 + step);
-                            isum[p][r] = _mm512_dpbusd_epi32(isum[p][r], q, low);
+                        for (isum, weights) in isum.iter_mut().zip(&scratch.weights) {
+                            let q = *weights.get_unchecked(group * 8 + step);
+                            isum[r] = _mm512_dpbusd_epi32(isum[r], q, low);
                         }
                     }
                 }
