@@ -114,8 +114,8 @@ fn smollm2_on_a_gpu_does_as_the_golden_files_say() {
     assert_eq!(&one[0].tokens[case.drafter_prompt_ids.len()..], case.draft_ids);
 }
 
-/// Weights as the file has them must not change the answer: with 8-bit activations on Q4_1 weights
-/// the capital of France is "L'Étoile".
+/// Weights as the file has them must not change the answer: with activations of 8 bits a block of 32, and
+/// no more, on Q4_1 weights the capital of France is "L'Étoile".
 #[test]
 fn smollm2_knows_the_capital_of_france_on_its_own_weights() {
     let Some(model) = model(SMOLLM2, WeightDtype::Auto) else { return };

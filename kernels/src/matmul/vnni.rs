@@ -221,7 +221,8 @@ unsafe fn group<F: Format, const M: usize, const P: usize>(
                 let high = _mm512_slli_epi32::<HIGH_SHIFT>(high[p][r]);
                 let isum = _mm512_add_epi32(high, low[p][r]);
                 let xsum = at.x.sum_at(at.row + r, at.block * 8 + j);
-                *acc = accumulate::<F>(*acc, isum, scales, j, at.x.sums.as_ptr().add(xsum));
+                *acc =
+                    accumulate::<F>(*acc, isum, scales, j, at.x.sums.as_ptr().wrapping_add(xsum));
             }
         }
     }

@@ -237,7 +237,8 @@ unsafe fn tile<F: Format, const M: usize, const P: usize>(
                 let j = group * parts + part;
                 for p in 0..P {
                     for r in 0..M {
-                        let xsum = sums.add(j * TILE + r);
+                        // Of halves there are none, and none are read.
+                        let xsum = sums.wrapping_add(j * TILE + r);
                         let scales = &scratch.scales[p];
                         a[p][r] = accumulate::<F>(a[p][r], isum[p][r], scales, j, xsum);
                     }
