@@ -42,6 +42,9 @@ pub(super) trait Format {
     const NIBBLES: bool;
     /// Whether scales are whole numbers of a unit that a block has.
     const WHOLE: bool = false;
+    /// Bytes that are fetched ahead of use where the memory decides. Reckoning Q4_K's scales takes so long
+    /// that its stream would run dry (measured, as the others).
+    const AHEAD: usize = 1024;
 
     /// The scales of a block; groups that do not exist are left alone.
     ///
@@ -215,6 +218,7 @@ impl Format for Q4K {
     const SHIFT: Option<u32> = None;
     const MINS: bool = true;
     const NIBBLES: bool = true;
+    const AHEAD: usize = 2048;
 
     #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn scales(panel: *const u8, g: &Geometry, block: usize, out: &mut Scales) {

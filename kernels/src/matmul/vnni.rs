@@ -15,8 +15,6 @@ use super::{Out, PANEL};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// Bytes of each stream that are fetched ahead of use.
-const AHEAD: usize = 1024;
 /// Streams of panels that are read side by side.
 pub(super) const SIDE: usize = 4;
 
@@ -122,7 +120,7 @@ unsafe fn rows_of<F: Format, const M: usize, const P: usize>(
         // SAFETY: the block exists; rows are those of the tile; prefetching is harmless anywhere.
         unsafe {
             for (panel, scales) in panels.iter().zip(&mut *scales) {
-                let head = panel.wrapping_add(g.scales_at(block) + AHEAD);
+                let head = panel.wrapping_add(g.scales_at(block) + F::AHEAD);
                 for i in 0..4 {
                     _mm_prefetch::<_MM_HINT_T1>(head.wrapping_add(i * 64).cast());
                 }
@@ -191,7 +189,7 @@ unsafe fn group<F: Format, const M: usize, const P: usize>(
         }
         for quants in quants {
             for i in 0..F::BYTES / 64 {
-                let ahead = quants.wrapping_add(j * F::BYTES + AHEAD + i * 64);
+                let ahead = quants.wrapping_add(j * F::BYTES + F::AHEAD + i * 64);
                 _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
             }
         }
