@@ -218,7 +218,7 @@ impl Format for Q4K {
     const SHIFT: Option<u32> = None;
     const MINS: bool = true;
     const NIBBLES: bool = true;
-    const AHEAD: usize = 2048;
+    const AHEAD: usize = 3072;
 
     #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn scales(panel: *const u8, g: &Geometry, block: usize, out: &mut Scales) {
