@@ -13,6 +13,10 @@ use crate::cpu::{Cpu, Isa};
 pub struct Peak {
     /// On f32, with the widest vectors there are.
     pub f32_per_second: f64,
+    /// On bytes, in dot products of vectors (`vpdpbusd`). `None` without AVX-512 VNNI.
+    pub avx512_i8_per_second: Option<f64>,
+    /// On bf16, in dot products of vectors (`vdpbf16ps`). `None` without AVX-512 BF16.
+    pub avx512_bf16_per_second: Option<f64>,
     /// On bytes, in tiles. `None` without AMX.
     pub amx_i8_per_second: Option<f64>,
     /// On bf16, in tiles. `None` without AMX.
@@ -26,16 +30,19 @@ const TURNS: u64 = 4096;
 #[must_use]
 pub fn peak(pool: &ThreadPool, time: Duration) -> Peak {
     let isa = Cpu::get().isa;
-    let (bytes, halves) = match isa {
-        Isa::Amx => (Some(rate(pool, time, amx_i8)), Some(rate(pool, time, amx_bf16))),
-        _ => (None, None),
-    };
+    let of = |there: bool, work: fn() -> u64| there.then(|| rate(pool, time, work));
     let float = match isa {
         Isa::Portable => rate(pool, time, portable),
         Isa::Avx2 => rate(pool, time, avx2),
         Isa::Avx512 | Isa::Vnni | Isa::Amx => rate(pool, time, avx512),
     };
-    Peak { f32_per_second: float, amx_i8_per_second: bytes, amx_bf16_per_second: halves }
+    Peak {
+        f32_per_second: float,
+        avx512_i8_per_second: of(isa >= Isa::Vnni, avx512_i8),
+        avx512_bf16_per_second: of(isa >= Isa::Vnni && Cpu::get().avx512_bf16, avx512_bf16),
+        amx_i8_per_second: of(isa >= Isa::Amx, amx_i8),
+        amx_bf16_per_second: of(isa >= Isa::Amx, amx_bf16),
+    }
 }
 
 /// Operations a second of `work`, which does its loop [`TURNS`] times and tells the operations.
@@ -69,10 +76,13 @@ fn portable() -> u64 {
 }
 
 #[cfg(target_arch = "x86_64")]
-use x86::{amx_bf16, amx_i8, avx2, avx512};
+use x86::{amx_bf16, amx_i8, avx2, avx512, avx512_bf16, avx512_i8};
 
 #[cfg(not(target_arch = "x86_64"))]
-use self::{portable as amx_bf16, portable as amx_i8, portable as avx2, portable as avx512};
+use self::{
+    portable as amx_bf16, portable as amx_i8, portable as avx2, portable as avx512,
+    portable as avx512_bf16, portable as avx512_i8,
+};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -94,6 +104,18 @@ mod x86 {
         TURNS * (SUMS * 16 * 2) as u64
     }
 
+    pub(super) fn avx512_i8() -> u64 {
+        // SAFETY: chosen only on a processor that has it.
+        unsafe { avx512_i8_loop() }
+        TURNS * (SUMS * 64 * 2) as u64
+    }
+
+    pub(super) fn avx512_bf16() -> u64 {
+        // SAFETY: chosen only on a processor that has it.
+        unsafe { avx512_bf16_loop() }
+        TURNS * (SUMS * 32 * 2) as u64
+    }
+
     #[target_feature(enable = "avx2,fma")]
     fn avx2_loop() {
         let mut sums = [_mm256_set1_ps(0.5); SUMS];
@@ -113,6 +135,33 @@ mod x86 {
         for _ in 0..TURNS {
             for sum in &mut sums {
                 *sum = _mm512_fmadd_ps(*sum, factor, factor);
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn avx512_i8_loop() {
+        let mut sums = [_mm512_setzero_si512(); SUMS];
+        let factor = _mm512_set1_epi32(black_box(1));
+        for _ in 0..TURNS {
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, factor, factor);
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn avx512_bf16_loop() {
+        let mut sums = [_mm512_set1_ps(0.5); SUMS];
+        // SAFETY: both are any 512 bits.
+        let factor = unsafe {
+            std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(black_box(0x3f00_3f00)))
+        };
+        for _ in 0..TURNS {
+            for sum in &mut sums {
+                *sum = _mm512_dpbf16_ps(*sum, factor, factor);
             }
         }
         black_box(sums);
@@ -172,8 +221,15 @@ mod tests {
     fn every_unit_that_is_there_does_something() {
         let peak = peak(&ThreadPool::new(2), Duration::from_millis(2));
         assert!(peak.f32_per_second.is_finite() && peak.f32_per_second > 0.0, "{peak:?}");
-        let tiles = [peak.amx_i8_per_second, peak.amx_bf16_per_second];
-        let amx = Cpu::get().isa == Isa::Amx;
-        assert!(tiles.iter().all(|rate| rate.is_some_and(|rate| rate > 0.0) == amx), "{peak:?}");
+        let cpu = Cpu::get();
+        let (vnni, amx) = (cpu.isa >= Isa::Vnni, cpu.isa >= Isa::Amx);
+        for (rate, there) in [
+            (peak.avx512_i8_per_second, vnni),
+            (peak.avx512_bf16_per_second, vnni && cpu.avx512_bf16),
+            (peak.amx_i8_per_second, amx),
+            (peak.amx_bf16_per_second, amx),
+        ] {
+            assert!(rate.is_some_and(|rate| rate > 0.0) == there, "{peak:?}");
+        }
     }
 }

@@ -96,6 +96,12 @@ pub(super) struct Other {
 pub(super) struct ArithmeticReport {
     /// Operations a second on f32, all threads together.
     pub(super) f32_per_second: Summary,
+    /// On bytes, in dot products of vectors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) avx512_i8_per_second: Option<Summary>,
+    /// On bf16, in dot products of vectors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) avx512_bf16_per_second: Option<Summary>,
     /// On bytes, in the matrix unit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) amx_i8_per_second: Option<Summary>,
@@ -135,6 +141,8 @@ impl ArithmeticReport {
         };
         Some(Self {
             f32_per_second: of(&|peak| Some(peak.f32_per_second))?,
+            avx512_i8_per_second: of(&|peak| peak.avx512_i8_per_second),
+            avx512_bf16_per_second: of(&|peak| peak.avx512_bf16_per_second),
             amx_i8_per_second: of(&|peak| peak.amx_i8_per_second),
             amx_bf16_per_second: of(&|peak| peak.amx_bf16_per_second),
             prefill_per_second,
@@ -228,8 +236,14 @@ impl Report {
             rate("reading a prompt does", it.prefill_per_second),
             unit("f32 vectors do", &it.f32_per_second),
         ];
-        rows.extend(it.amx_bf16_per_second.iter().map(|peak| unit("bf16 tiles do", peak)));
-        rows.extend(it.amx_i8_per_second.iter().map(|peak| unit("byte tiles do", peak)));
+        for (name, peak) in [
+            ("bf16 dots do", &it.avx512_bf16_per_second),
+            ("byte dots do", &it.avx512_i8_per_second),
+            ("bf16 tiles do", &it.amx_bf16_per_second),
+            ("byte tiles do", &it.amx_i8_per_second),
+        ] {
+            rows.extend(peak.iter().map(|peak| unit(name, peak)));
+        }
         rows
     }
 
@@ -302,6 +316,8 @@ mod tests {
             arithmetic: ArithmeticReport::new(
                 &[Peak {
                     f32_per_second: 100e9,
+                    avx512_i8_per_second: Some(500e9),
+                    avx512_bf16_per_second: None,
                     amx_i8_per_second: Some(4e12),
                     amx_bf16_per_second: None,
                 }],
@@ -340,6 +356,7 @@ weights                     98 MB
 peak memory                130 MB              1.30 × the file
 reading a prompt does    50 Gop/s
 f32 vectors do          100 Gop/s  a prompt takes 50.0 % of it
+byte dots do            500 Gop/s  a prompt takes 10.0 % of it
 byte tiles do          4000 Gop/s   a prompt takes 1.2 % of it
 ";
         assert_eq!(plain(&report(false)), expected);
