@@ -20,7 +20,7 @@ use headstart_kernels::{Peak, ThreadPool, peak};
 
 use crate::bench::gpu::{self, GpuArgs};
 use crate::bench::machine::{self, Processor};
-use crate::bench::stats::Summary;
+use crate::bench::stats::{Summary, median};
 use crate::bench::steps::Steps;
 use crate::failure::Failure;
 use crate::models::cache::Check;
@@ -290,8 +290,11 @@ fn report(
     }
     let bandwidth = Summary::of(samples.bandwidth).ok_or_else(nothing)?;
     let decode = figures.iter().find(|figure| figure.name == plan.name(Figure::Decode));
-    let decode_rate = decode.map(|figure| figure.ours.median).ok_or_else(nothing)?;
-    let decode_bytes_per_second = decode_rate * ours.decode_bytes as f64;
+    let decode = &decode.ok_or_else(nothing)?.ours;
+    let decode_bytes = ours.decode_bytes as f64;
+    let rounds = decode.samples.iter().zip(&bandwidth.samples);
+    let mut shares: Vec<f64> = rounds.map(|(rate, memory)| rate * decode_bytes / memory).collect();
+    let decode_bytes_per_second = decode.median * decode_bytes;
     let prefill = figures.iter().find(|figure| figure.name == plan.name(Figure::Prefill));
     let prefill_rate = prefill.map(|figure| figure.ours.median).ok_or_else(nothing)?;
     let arithmetic =
@@ -313,7 +316,7 @@ fn report(
         figures,
         arithmetic: arithmetic.ok_or_else(nothing)?,
         memory: MemoryReport {
-            decode_share: decode_bytes_per_second / bandwidth.median,
+            decode_share: median(&mut shares),
             bandwidth,
             buffer_bytes: samples.buffer_bytes,
             decode_bytes_per_second,
@@ -463,9 +466,10 @@ mod tests {
         assert!(report.figures.iter().all(|f| f.others.is_empty()));
         assert_eq!(report.memory.bandwidth.samples.len(), 2);
         assert!(report.model.file_bytes > report.model.decode_bytes / 2);
-        let share = report.figures[1].ours.median * report.model.decode_bytes as f64
-            / report.memory.bandwidth.median;
-        assert!((report.memory.decode_share - share).abs() < 1e-9);
+        let (rates, memory) = (&report.figures[1].ours.samples, &report.memory.bandwidth.samples);
+        let share = |round: usize| rates[round] * report.model.decode_bytes as f64 / memory[round];
+        let mean = f64::midpoint(share(0), share(1));
+        assert!((report.memory.decode_share / mean - 1.0).abs() < 1e-9);
         assert!(anstream::adapter::strip_str(&report.table()).to_string().contains("\npp64 "));
     }
 

@@ -122,7 +122,8 @@ pub(super) struct MemoryReport {
     pub(super) buffer_bytes: usize,
     /// Bytes a second of weights that decoding reads: its median rate times the bytes of a step.
     pub(super) decode_bytes_per_second: f64,
-    /// That, by the median bandwidth.
+    /// Its rate by the bandwidth of the same round, the median of all rounds: a machine that is shared
+    /// changes within minutes.
     pub(super) decode_share: f64,
     /// The most this process had resident before the bandwidth was measured.
     #[serde(skip_serializing_if = "Option::is_none")]
