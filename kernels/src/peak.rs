@@ -92,80 +92,64 @@ mod x86 {
 
     use super::{SUMS, TURNS};
 
-    pub(super) fn avx2() -> u64 {
-        // SAFETY: chosen only on a processor that has it.
-        unsafe { avx2_loop() }
-        TURNS * (SUMS * 8 * 2) as u64
-    }
-
-    pub(super) fn avx512() -> u64 {
-        // SAFETY: chosen only on a processor that has it.
-        unsafe { avx512_loop() }
-        TURNS * (SUMS * 16 * 2) as u64
-    }
-
-    pub(super) fn avx512_i8() -> u64 {
-        // SAFETY: chosen only on a processor that has it.
-        unsafe { avx512_i8_loop() }
-        TURNS * (SUMS * 64 * 2) as u64
-    }
-
-    pub(super) fn avx512_bf16() -> u64 {
-        // SAFETY: chosen only on a processor that has it.
-        unsafe { avx512_bf16_loop() }
-        TURNS * (SUMS * 32 * 2) as u64
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    fn avx2_loop() {
-        let mut sums = [_mm256_set1_ps(0.5); SUMS];
-        let factor = _mm256_set1_ps(black_box(0.5));
-        for _ in 0..TURNS {
-            for sum in &mut sums {
-                *sum = _mm256_fmadd_ps(*sum, factor, factor);
+    /// Runs one instruction on [`SUMS`] sums, over and over; it adds `products` products.
+    macro_rules! vectors {
+        ($name:ident, $features:literal, $products:literal, $start:expr, $factor:expr,
+         |$sum:ident, $by:ident| $instruction:expr) => {
+            pub(super) fn $name() -> u64 {
+                #[target_feature(enable = $features)]
+                fn run() {
+                    let mut sums = [$start; SUMS];
+                    let $by = $factor;
+                    for _ in 0..TURNS {
+                        for $sum in &mut sums {
+                            *$sum = $instruction;
+                        }
+                    }
+                    black_box(sums);
+                }
+                // SAFETY: chosen only on a processor that has it.
+                unsafe { run() }
+                TURNS * (SUMS * $products * 2) as u64
             }
-        }
-        black_box(sums);
-    }
-
-    #[target_feature(enable = "avx512f")]
-    fn avx512_loop() {
-        let mut sums = [_mm512_set1_ps(0.5); SUMS];
-        let factor = _mm512_set1_ps(black_box(0.5));
-        for _ in 0..TURNS {
-            for sum in &mut sums {
-                *sum = _mm512_fmadd_ps(*sum, factor, factor);
-            }
-        }
-        black_box(sums);
-    }
-
-    #[target_feature(enable = "avx512f,avx512vnni")]
-    fn avx512_i8_loop() {
-        let mut sums = [_mm512_setzero_si512(); SUMS];
-        let factor = _mm512_set1_epi32(black_box(1));
-        for _ in 0..TURNS {
-            for sum in &mut sums {
-                *sum = _mm512_dpbusd_epi32(*sum, factor, factor);
-            }
-        }
-        black_box(sums);
-    }
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn avx512_bf16_loop() {
-        let mut sums = [_mm512_set1_ps(0.5); SUMS];
-        // SAFETY: both are any 512 bits.
-        let factor = unsafe {
-            std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(black_box(0x3f00_3f00)))
         };
-        for _ in 0..TURNS {
-            for sum in &mut sums {
-                *sum = _mm512_dpbf16_ps(*sum, factor, factor);
-            }
-        }
-        black_box(sums);
     }
+
+    vectors!(
+        avx2,
+        "avx2,fma",
+        8,
+        _mm256_set1_ps(0.5),
+        _mm256_set1_ps(black_box(0.5)),
+        |sum, by| _mm256_fmadd_ps(*sum, by, by)
+    );
+    vectors!(
+        avx512,
+        "avx512f",
+        16,
+        _mm512_set1_ps(0.5),
+        _mm512_set1_ps(black_box(0.5)),
+        |sum, by| _mm512_fmadd_ps(*sum, by, by)
+    );
+    vectors!(
+        avx512_i8,
+        "avx512f,avx512vnni",
+        64,
+        _mm512_setzero_si512(),
+        _mm512_set1_epi32(black_box(1)),
+        |sum, by| _mm512_dpbusd_epi32(*sum, by, by)
+    );
+    vectors!(
+        avx512_bf16,
+        "avx512f,avx512bf16",
+        32,
+        _mm512_set1_ps(0.5),
+        // SAFETY: both are any 512 bits.
+        unsafe {
+            std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(black_box(0x3f00_3f00)))
+        },
+        |sum, by| _mm512_dpbf16_ps(*sum, by, by)
+    );
 
     /// `ldtilecfg`'s operand: eight tiles of 16 rows and 64 bytes.
     #[repr(C, align(64))]

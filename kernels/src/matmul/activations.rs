@@ -186,6 +186,7 @@ impl Activations {
         let at = tile * TILE * (self.cols / 32) * 64 + group * rows * 64 + row % TILE * 64;
         &self.levels.bytes()[at..at + 64]
     }
+
     /// A row's input as it was rounded.
     #[cfg(test)]
     pub(super) fn value(&self, row: usize, col: usize) -> f32 {

@@ -230,7 +230,7 @@ unsafe fn group<F: Format, const M: usize, const P: usize>(
 /// at `xsum`: whole numbers where scales are whole, and else floats.
 ///
 /// # Safety
-/// The group has a sum of inputs; AVX-512.
+/// The group has a sum of inputs, unless scales are whole; AVX-512.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
 pub(super) unsafe fn accumulate<F: Format>(
